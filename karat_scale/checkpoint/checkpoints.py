@@ -93,7 +93,7 @@ class Checkpoints(Generic[S]):
     cost: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        self._storage = DurableStorage()
+        self._storage = DurableStorage(self.reporter.warn)
         use_storage(self.engine.deepspeed, self._storage)
         self._under_way: _Save | None = None
         self._saved: tuple[int, int] | None = None

@@ -13,6 +13,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkProcess
@@ -123,12 +124,14 @@ class Block(NamedTuple):
 class KeptMemory:
     """Host memory for the copy of a state. It is kept from save to save, page-locked for a GPU, and the writer sees it.
 
-    It grows by blocks, each of which is a file in memory. Only their used part takes memory.
+    It grows by blocks, each of which is a file in memory. Only their used part takes memory. If CUDA does not lock one,
+    `warn` is told once, and copies to it and to later ones are slower.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], object] = lambda text: None) -> None:
         self.blocks: list[Block] = []
         self._block = self._end = 0
+        self._warn, self._locks = warn, True
         weakref.finalize(self, _release, self.blocks).atexit = False
 
     def begin(self) -> None:
@@ -155,13 +158,22 @@ class KeptMemory:
         try:
             os.ftruncate(descriptor, size)
             content = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-            is_locked = torch.cuda.is_initialized()
-            if is_locked:
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(content.data_ptr(), size, 0))
+            is_locked = torch.cuda.is_initialized() and self._locks and self._lock(content)
         except BaseException:
             os.close(descriptor)
             raise
         self.blocks.append(Block(next(_numbers), descriptor, content, is_locked))
+
+    def _lock(self, content: torch.Tensor) -> bool:
+        runtime = torch.cuda.cudart()
+        code = runtime.cudaHostRegister(content.data_ptr(), content.numel(), 0)
+        self._locks = code == runtime.cudaError.success
+        if not self._locks:
+            with suppress(RuntimeError):  # CUDA keeps the error, and the next kernel raises it: let that be this one
+                torch.zeros(1, device="cuda")
+            why = runtime.cudaGetErrorString(code)
+            self._warn(f"copies of checkpoints are not page-locked (CUDA: {why}), so saves stop training for longer")
+        return self._locks
 
 
 def _release(blocks: list[Block]) -> None:
@@ -322,14 +334,14 @@ class DurableStorage:
     forever. What still fails there is kept in `error`, and the caller lets all ranks agree on the outcome.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warn: Callable[[str], object] = lambda text: None) -> None:
         self.name = "durable"
         self.error: OSError | None = None
         self.written = 0
         """The number of bytes that the file system has taken so far: it tells a slow disk from one that hangs."""
         self._copies = False
         self._files: list[tuple[Any, Path]] = []
-        self._memory = KeptMemory()
+        self._memory = KeptMemory(warn)
         self._writer: Writer | None = None
 
     def begin(self, copies: bool) -> None:

@@ -1,3 +1,5 @@
+import enum
+import mmap
 import os
 import signal
 from collections import OrderedDict
@@ -62,6 +64,88 @@ def test_memory_that_there_is_not_takes_no_descriptor() -> None:
     with pytest.raises(OSError, match="memory"):
         tensor_storage.KeptMemory()._add(2**50)
     assert psutil.Process().num_fds() == before
+
+
+class CudaError(enum.Enum):
+    success = 0
+    memory_allocation = 2
+
+
+class Runtime:
+    """A stand-in for what `torch.cuda.cudart()` returns. It refuses to lock memory from call `refused` on.
+
+    As in CUDA, an error stays until the next kernel, here `torch.zeros`, raises it.
+    """
+
+    cudaError = CudaError
+
+    def __init__(self, refused: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[tuple[int, int]] = []
+        self.locked: list[int] = []
+        self._refused, self.pending = refused, False
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch, "zeros", self._zeros)
+
+    def cudaHostRegister(self, ptr: int, size: int, flags: int) -> CudaError:  # noqa: N802
+        assert (len(mapped(ptr)), flags) == (1, 0)
+        self.asked.append((ptr, size))
+        if len(self.asked) > self._refused:
+            self.pending = True
+            return CudaError.memory_allocation
+        self.locked.append(ptr)
+        return CudaError.success
+
+    def cudaHostUnregister(self, ptr: int) -> CudaError:  # noqa: N802
+        assert mapped(ptr)
+        self.locked.remove(ptr)
+        return CudaError.success
+
+    def cudaGetErrorString(self, error: CudaError) -> str:  # noqa: N802
+        return {CudaError.memory_allocation: "out of memory"}[error]
+
+    def _zeros(self, size: int, device: str) -> None:
+        assert (size, device) == (1, "cuda")
+        if self.pending:
+            self.pending = False
+            raise RuntimeError("CUDA error: out of memory")
+
+
+def mapped(start: int) -> list[int]:
+    """Return the sizes of this process's mappings of kept memory that begin at an address: one or none."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:karat-save" in line]
+    ranges = [[int(bound, 16) for bound in line[0].split("-")] for line in lines]
+    return [end - begin for begin, end in ranges if begin == start]
+
+
+@pytest.mark.parametrize("refused", [3, 1, 0])
+def test_kept_memory_is_page_locked_while_it_is_mapped_and_copies_do_without_where_cuda_refuses(
+    refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensor_storage, "_BLOCK_BYTES", 5000)
+    tensor_storage.start_writer()
+    runtime, descriptors = Runtime(refused, monkeypatch), psutil.Process().num_fds()
+    warnings: list[str] = []
+    storage = DurableStorage(warnings.append)
+    storage.begin(copies=True)
+    state = [torch.arange(size) for size in (500, 1500, 4501)]  # each needs a block of its own
+    storage.save(state, str(tmp_path / "t.pt"))
+    storage.write()
+    assert all(map(torch.equal, load_tensors(tmp_path / "t.pt"), state))
+    blocks = storage._memory.blocks
+    for (start, size), block in zip(runtime.asked, blocks, strict=False):
+        assert (start, size) == (block.bytes.data_ptr(), block.bytes.numel())
+        assert start % mmap.PAGESIZE == 0
+        assert 0 <= mapped(start)[0] - size < mmap.PAGESIZE
+    assert [block.is_locked for block in blocks] == [number < refused for number in range(3)]
+    assert len(runtime.asked) == min(refused + 1, 3)  # once refused, it is not asked again
+    assert not runtime.pending
+    why = "copies of checkpoints are not page-locked (CUDA: out of memory), so saves stop training for longer"
+    assert warnings == ([why] if refused < 3 else [])
+    del storage, blocks, block
+    assert not runtime.locked
+    assert not any(mapped(start) for start, _ in runtime.asked)
+    assert psutil.Process().num_fds() == descriptors
 
 
 def test_without_its_writer_a_save_is_written_all_the_same_and_the_next_has_another(tmp_path) -> None:
