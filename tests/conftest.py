@@ -6,9 +6,9 @@ Which tests run (tests/selection.py):
   (many minutes). What the README promises first, ImageNet in three steps and resume, is not marked slow, however long
   it takes.
 - `pytest --slow=all` runs every test.
-- `pytest --turn=N` runs only a twelfth of the slow tests: those whose hashed name is N modulo 12. So twelve turns in a
-  row run each slow test once. `.ci/run` takes the number of the CI run for N. Night tests do not fit into CI's 40
-  minutes: they run only by `--slow=all`, or by name.
+- `pytest --turn=N` runs only a twelfth of the slow tests: those whose hashed name, or `turn`, is N modulo 12. So twelve
+  turns in a row run each slow test once. `.ci/run` takes the number of the CI run for N. Night tests do not fit into
+  CI's 40 minutes: they run only by `--slow=all`, or by name.
 """
 
 import errno

@@ -44,9 +44,15 @@ def runs(item: pytest.Item, everything: bool, turn: int | None) -> bool:
 
 
 def turn_of(item: pytest.Item) -> int:
-    """Return a slow test's turn. Tests of a file with `slow(together=True)` share a fixture, so they share a turn."""
-    together = any(marker.kwargs.get("together") for marker in item.iter_markers("slow"))
-    name = scope(item.nodeid) if together else item.nodeid
+    """Return a slow test's turn.
+
+    Tests of a file with `slow(together=True)` share a fixture, so they share a turn. `slow(turn=N)` names the turn, so
+    that many long tests alike are spread evenly.
+    """
+    said = {key: value for marker in item.iter_markers("slow") for key, value in marker.kwargs.items()}
+    if "turn" in said:
+        return int(said["turn"])
+    name = scope(item.nodeid) if said.get("together") else item.nodeid
     # A hash and not a position: a test keeps its turn when others are added, removed or renamed.
     return zlib.crc32(name.encode()) % TURNS
 

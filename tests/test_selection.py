@@ -26,12 +26,16 @@ def test_slow(number): pass
 @pytest.mark.parametrize("number", range(9))
 def test_of_one_fixture(number): pass
 
+@pytest.mark.parametrize("number", [pytest.param(n, marks=pytest.mark.slow(turn=n % 12)) for n in range(24)])
+def test_spread_evenly(number): pass
+
 @pytest.mark.night
 def test_night(): pass
 """
 PROMISED = (test_readme.test_imagenet_in_three_steps, test_readme.test_other_commands_by_example)
 TOGETHER = {f"test_of_one_fixture[{number}]" for number in range(9)}
-SLOW = TOGETHER | {f"test_slow[{number}]" for number in range(20)}
+EVEN = {f"test_spread_evenly[{number}]" for number in range(24)}
+SLOW = TOGETHER | EVEN | {f"test_slow[{number}]" for number in range(20)}
 
 
 @pytest.fixture
@@ -86,6 +90,7 @@ def test_twelve_turns_in_a_row_run_each_slow_test_once(select) -> None:
     assert sorted(names(seen.items)) == sorted(turns[507])
     assert Counter(name for chosen in turns.values() for name in chosen) == dict.fromkeys(SLOW, 1)
     assert sum(not TOGETHER.isdisjoint(chosen) for chosen in turns.values()) == 1
+    assert all(len(EVEN.intersection(chosen)) == 2 for chosen in turns.values())
 
 
 def test_files_that_train_come_first_and_keep_their_order(select, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from karat_scale.engine.optimizers import Ema
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
 from tests.conftest import SMALL
+from tests.engine.fp16_on_cpu import allow_fp16
 
 Clock = Counter[str]
 """How much of each stream's work is known to be done before what comes next."""
@@ -393,6 +394,7 @@ def main(cases_file: str, out_file: str, world_size: str, rank: str) -> None:
 
     dist.init_process_group("fake", store=FakeStore(), rank=int(rank), world_size=int(world_size))
     distributed.tell_deepspeed("cpu")
+    allow_fp16()
     os.environ["LOCAL_RANK"] = "0"
     world = World(int(rank), int(world_size), 0, torch.device("cpu"))
     found = []
