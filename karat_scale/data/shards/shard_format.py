@@ -41,7 +41,7 @@ from karat_scale.foundation.files import read_text, write_atomically
 from karat_scale.foundation.stores import Store, is_url
 from karat_scale.foundation.tables import Files
 from karat_scale.recipe import DataConfig
-from karat_scale.recipe.base import wanted_by
+from karat_scale.recipe.base import first_mistake
 
 _FIX = "make it with karat prepare webdataset"
 DATASET_FILE, TIMM_FILE = "dataset.json", "info.json"
@@ -174,10 +174,8 @@ def _validated(kind: type[M], path: object, read: Callable[[], str], fix: str) -
     except UnicodeDecodeError:
         raise DataError(f"{path} is damaged: it is not UTF-8; {fix}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
         fix = f"remove it and {fix}" if fix == _FIX else fix
-        raise DataError(f"{path} is damaged or of another version ({where}: {wanted_by(first)}); {fix}") from error
+        raise DataError(f"{path} is damaged or of another version ({first_mistake(error)}); {fix}") from error
 
 
 def tell_of_store(text: str) -> None:
@@ -205,7 +203,7 @@ def require_directory(path: Path, files: Files, what: str = "data.path") -> None
         raise DataError(f"{what} = {not_a_directory(path)}; set it to {files.value}")
 
 
-SPLIT_FOLDERS = ("train", "val", "test", "valid", "validation")
+SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 
 
 def check_has_record(directory: Path, what: str = "data.path") -> None:

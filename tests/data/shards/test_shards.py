@@ -114,8 +114,13 @@ def test_what_is_no_data_set_is_one_line(tmp_path):
     for text in ("", "{", '{"classes": 3}', '{"classes": [], "version": 9}'):
         (tmp_path / "dataset.json").write_text(text)
         assert "dataset.json is damaged or of another version" in refusal(tmp_path)
-    (tmp_path / "dataset.json").write_text('{"classes": 3}')
-    assert "(classes: should be a list, such as [a, b])" in refusal(tmp_path)
+    for text, mistake in (
+        ("{", "(Invalid JSON: EOF"),
+        ('{"classes": 3}', "(classes: should be a list, such as [a, b])"),
+        ('{"classes": [1]}', "(classes[0]: should be a text"),
+    ):
+        (tmp_path / "dataset.json").write_text(text)
+        assert mistake in refusal(tmp_path)
 
 
 def test_a_path_of_an_unknown_user_is_one_line() -> None:
@@ -134,7 +139,7 @@ DAMAGE = {
         lambda path: os.truncate(path, path.stat().st_size + 4),
     ),
     "index.npz has changed since it was written": ("train-000002.index.npz", lambda path: flip(path, 200)),
-    "splits.train.shards.0.name": (
+    "splits.train.shards[0].name": (
         "dataset.json",
         lambda path: path.write_text(path.read_text().replace('"train-000000.tar"', '"../train-000000.tar"')),
     ),

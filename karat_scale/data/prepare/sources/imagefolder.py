@@ -6,12 +6,12 @@ from pathlib import Path
 
 from karat_scale.data.decoders.jpeg_header import WNID
 from karat_scale.data.prepare.sources.base import ListedSource, UnreadableSampleError, cannot_read, lines_of
+from karat_scale.data.shards.shard_format import SPLIT_FOLDERS
 from karat_scale.data.shards.shards import folders_in, images_under, is_hidden_folder, is_image_name, refuse_broken_link
 from karat_scale.foundation.console import progress
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.files import read_image
 
-SPLIT_FOLDERS = ("train", "val", "valid", "validation", "test")
 LIKE_SPLITS = {**{name: name for name in SPLIT_FOLDERS}, "training": "train", "testing": "test"}
 NO_IMAGE_NAME = "the name has no image suffix"
 # Threads that ask for the sizes of files, which a network file system answers slowly; and files for each turn.

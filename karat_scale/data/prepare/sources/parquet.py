@@ -22,9 +22,9 @@ import numpy as np
 
 from karat_scale.data.indexing import split_named_in
 from karat_scale.data.prepare.sources import base
-from karat_scale.data.prepare.sources.imagefolder import LIKE_SPLITS, SPLIT_FOLDERS
+from karat_scale.data.prepare.sources.imagefolder import LIKE_SPLITS
 from karat_scale.data.prepare.sources.small import renumbered
-from karat_scale.data.shards.shard_format import MOST_CLASSES
+from karat_scale.data.shards.shard_format import MOST_CLASSES, SPLIT_FOLDERS
 from karat_scale.foundation.errors import DataError
 from karat_scale.foundation.tables import how_to_install
 

@@ -33,7 +33,7 @@ import numpy as np
 from karat_scale.data.decoders.jpeg_header import WNID
 from karat_scale.data.indexing import MADE_BY
 from karat_scale.data.prepare.sources import base
-from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, SPLIT_FOLDERS, refuse_like_splits
+from karat_scale.data.prepare.sources.imagefolder import NO_IMAGE_NAME, refuse_like_splits
 from karat_scale.data.shards import shard_format
 from karat_scale.data.shards.shards import ShardSplit, is_hidden_folder, is_image_name
 from karat_scale.data.shards.tars import scan_members
@@ -217,7 +217,8 @@ def folder_tar_splits(path: Path, split: str | None) -> tuple[base.Openers, list
 def _place(name: str, own: int) -> _Place:
     """Return the place of a path, of which the last `own` parts cannot be the split."""
     parts = [part for part in name.split("/") if part not in ("", ".", "..")]
-    at = next((i for i, part in enumerate(parts[: max(0, len(parts) - own)]) if part in SPLIT_FOLDERS), None)
+    possible = parts[: max(0, len(parts) - own)]
+    at = next((i for i, part in enumerate(possible) if part in shard_format.SPLIT_FOLDERS), None)
     return _Place([], "", parts) if at is None else _Place(parts[:at], parts[at], parts[at + 1 :])
 
 

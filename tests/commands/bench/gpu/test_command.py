@@ -19,6 +19,7 @@ import torch
 from karat_scale.commands.bench.gpu import command
 from karat_scale.commands.bench.gpu.report import SECTIONS
 from karat_scale.commands.doctor.machine import driver_version, no_gpu
+from tests.compilers import needs_compiler
 from tests.conftest import ROOT, karat_command, karat_environment, karat_refuses, output_of, wait_until
 from tests.data.backends.helpers import running
 
@@ -27,8 +28,16 @@ HEAVY = ("timm", "rich", "deepspeed", "torchvision", "pydantic", "yaml", "psutil
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_sections_run_and_both_files_hold_their_figures(tmp_path: Path) -> None:
-    out, names = tmp_path / "gpu.json", ["attention", "loader", "ranks"]
+@pytest.mark.parametrize(
+    ("names", "right"),
+    [
+        (["attention", "loader", "ranks"], None),
+        pytest.param(["losses"], True, marks=needs_compiler),
+        pytest.param(["training"], None, marks=needs_compiler),
+    ],
+)
+def test_sections_run_and_both_files_hold_their_figures(names: list[str], right: bool | None, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
     arguments = ["bench", "gpu", "--device", "cpu", "--minutes", "10", "--only", *names, "--json", str(out)]
     output_of(*karat_command(arguments))
     result = json.loads(out.read_text())
@@ -36,7 +45,8 @@ def test_sections_run_and_both_files_hold_their_figures(tmp_path: Path) -> None:
     assert list(sections) == names
     assert all(section["rows"] and not section["failed"] for section in sections.values())
     assert all(row["right"] for section in sections.values() for row in section["rows"] if "right" in row)
-    assert result["finished"]
+    assert not any("late" in one for section in sections.values() for one in section["left_out"])
+    assert (result["finished"], result["right"]) == (True, right)
     markdown = (tmp_path / "gpu.md").read_text()
     assert result["verdict"] in markdown.splitlines()[0]
     assert all(f"#### {SECTIONS[name].title}" in markdown for name in names)
