@@ -235,6 +235,8 @@ def settings(trial: Trial, data: Path, directory: Path) -> list[str]:
     own = [f"data.path={data.resolve() / trial.data_set}", f"run.dir={directory}", f"run.seed={trial.seed}"]
     own += [f"optim.lr={trial.rate:g}", f"train.epochs={EPOCHS[trial.stage]}", "train.eval_every_epochs=2"]
     own += ["checkpoint.keep_last=2", f"log.every_steps={50 if trial.stage == 'rate' else 10}"]
+    if trial.stage == "main" and trial.seed > 0:  # amendment 4
+        own += ["train.precision=bf16"]
     return [*own, *{**ARMS, **LATER}[trial.arm]]
 
 

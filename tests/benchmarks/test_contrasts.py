@@ -59,6 +59,8 @@ def test_the_page_is_what_the_records_say() -> None:
 def test_each_arm_is_a_valid_recipe(arm: str) -> None:
     recipe = load_recipe(RECIPE, settings(Trial("main", arm, 1.25e-4, 3), Path("data"), Path("run")))
     assert (recipe.model.embed_dim, recipe.train.global_batch, recipe.optim.lr) == (96, 64, 1.25e-4)
+    assert recipe.train.precision == "bf16"
+    assert "train.precision=bf16" not in settings(Trial("main", arm, 1.25e-4, 0), Path("data"), Path("run"))
 
 
 @pytest.mark.usefixtures("records")
@@ -112,6 +114,10 @@ def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_righ
     changed = json.loads(Trial(stage, "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="did not see the same images"):
+        contrasts_report.render()
+    changed |= {"data_digest": "of seed 0", "commit": "0123456789"}
+    Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="of one seed are of several commits"):
         contrasts_report.render()
     changed |= {"seed": 5, "replaced": {**changed["replaced"], "images": 64}}
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))
