@@ -124,6 +124,8 @@ class AttentionConfig(Section):
             is_ours = isinstance(own["kind"], str) and own["kind"] in ATTENTIONS
             kept = ATTENTIONS[own["kind"]].keys if is_ours else ()
             taken = {key: value for key, value in taken.items() if key in kept or key not in _NAMING}
+            if _has_no_kernel(own["kind"], kept, self.implementation):  # it is for the other blocks
+                del taken["implementation"]
         return AttentionConfig(**{**taken, **own})
 
     @property
@@ -155,8 +157,7 @@ class AttentionConfig(Section):
 
     def refuse_keys(self, taken: Collection[str]) -> None:
         """Raise ValueError for a key that names another model, but is not among the keys that the kind takes."""
-        able = {"flex"} if self.row is not None and self.row.by_rows else set()
-        if "implementation" not in taken and self.implementation in {"cpu", "triton", "flex"} - able:
+        if _has_no_kernel(self.kind, taken, self.implementation):
             named = f"attention.implementation = {self.implementation}"
             raise ValueError(f"{named} does not support attention.kind={self.kind}; use auto")
         for key in _NAMING:
@@ -245,6 +246,13 @@ class AttentionConfig(Section):
                 f"attention.kind = {self.kind} computes its own matrices, but attention.transfer_from = "
                 f"{self.transfer_from} uses another model's; use attention.kind=softmax or remove transfer_from"
             )
+
+
+def _has_no_kernel(kind: Any, taken: Collection[str], implementation: str) -> bool:
+    """Whether a kind that takes these keys cannot be computed by an implementation that is not for everything."""
+    row = ATTENTIONS.get(kind) if isinstance(kind, str) else None
+    by_flex = row is not None and row.by_rows and implementation == "flex"
+    return implementation in ("cpu", "triton", "flex") and "implementation" not in taken and not by_flex
 
 
 def _numbers(text: str) -> range:

@@ -1,6 +1,7 @@
 """A ViT of every basis and form learns, and settings that do not go together are refused in one line."""
 
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -70,6 +71,9 @@ LEARNS = [
     *({"form": form, "basis": basis} for form in ("project_first", "two_operators") for basis in ("fourier", "dog")),
     *({"simplex": simplex} for simplex in (True, "hidden")),
     {"form": "full_rank", "basis": "dog", "softmax_heads": 1, "mode": "universal"},
+    *({"bound": 2.0, "form": form} for form in get_args(get_type_hints(AttentionConfig)["form"])),
+    {"bound": 2.0, "basis": "bspline"},
+    {"bound": 2.0, "simplex": "hidden"},
 ]
 
 

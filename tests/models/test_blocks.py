@@ -63,6 +63,18 @@ def test_a_section_of_karat_leaves_blocks_to_softmax_and_gives_others_a_grid_of_
     assert not AttentionConfig(blocks={"0": {"kind": "softmax"}}).learns
 
 
+def test_an_implementation_is_that_of_the_blocks_that_have_it() -> None:
+    network = model(VIT, kind="karat", implementation="cpu", blocks={"0": {"kind": "static"}, "1": {"kind": "softmax"}})
+    assert names(network) == ["StaticHeads", None, "FourierKaratOperator", "FourierKaratOperator"]
+    assert [own and own.implementation for own in operators(network)] == [None, None, "cpu", "cpu"]
+    section = AttentionConfig(
+        kind="sigmoid", implementation="flex", blocks={"0": {"kind": "gated"}, "1": {"kind": "polynomial"}}
+    )
+    assert [section.of_block(block).implementation for block in range(3)] == ["auto", "flex", "flex"]
+    with pytest.raises(ValidationError, match=r"implementation = cpu does not support attention\.kind=static"):
+        AttentionConfig(kind="static", implementation="cpu", blocks={"0": {"kind": "karat"}})
+
+
 def test_shared_operators_are_those_of_the_blocks_that_learn() -> None:
     network = model(VIT, kind="karat", mode="universal", blocks={"0-1": {"kind": "softmax"}})
     first, second = (layer.attention.operator for layer in attention_layers(network)[2:])

@@ -11,6 +11,7 @@ batch script does, resumes the run, and stops it again. Times are read from the 
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -39,6 +40,7 @@ from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import RunDirectory
 
 BARE, OURS, KARAT = "bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"
+BOUNDED = f"{KARAT} with bounded scores"
 FIRST_STEP_RUNS = 3
 
 
@@ -49,12 +51,12 @@ def bench_step(options: argparse.Namespace) -> int:
         raise UserError(f"--batch {batch} is odd, but mixup and cutmix mix pairs; use an even number")
     with distributed.joined("auto") as world, tempfile.TemporaryDirectory() as scratch:
 
-        def recipe(kind: str) -> Recipe:
+        def recipe(kind: str, **attention: float) -> Recipe:
             return synthetic_recipe(
-                f"{scratch}/{kind}",
+                f"{scratch}/{kind}-{len(attention)}",
                 "bench step",
                 model=model,
-                attention={"kind": kind},
+                attention={"kind": kind, **attention},
                 data={"synthetic_samples": batch},
                 train={"global_batch": batch, "ema_decay": 0.0, "epochs": MANY},
                 log={"every_steps": 50},
@@ -64,6 +66,7 @@ def bench_step(options: argparse.Namespace) -> int:
             BARE: bare_loop(recipe("softmax"), steps, world),
             OURS: partial(OurLoop(recipe("softmax"), world).run, steps),
             KARAT: partial(OurLoop(recipe("karat"), world).run, steps),
+            BOUNDED: partial(OurLoop(recipe("karat", bound=math.pi), world).run, steps),
         }
         seconds = interleaved_seconds(contenders, options.rounds)
         first_step = statistics.median(

@@ -257,13 +257,16 @@ WRITTEN_BY_A_HARMONIC, WRITTEN_BY_ROWS = 28, 14
 
 
 def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
-    """Bytes of the tiles of a batch; 0 where attention makes none.
+    """Bytes of the tiles of a batch, or of FlexAttention's arrays on a CPU; 0 where attention makes none.
 
     The Triton kernels keep tiles in registers, the CPU kernel some hundred KB a thread outside torch's allocator.
     """
     budget = workspace_budget(torch.device("cuda" if on_gpu else "cpu"))
     workspace = 0
     for size, attention in _layers(recipe):
+        if attention.implementation == "flex" and not on_gpu:
+            workspace = max(workspace, images * size.heads * _held_by_flex(attention, size))
+            continue
         if _streams(attention, size, on_gpu):
             features = max(1, 2 * attention.grid)
             tile = min(budget // features, images * size.scores)
@@ -273,6 +276,14 @@ def attention_workspace(recipe: Recipe, images: int, on_gpu: bool) -> int:
             tile = max(budget // HELD, MIN_ROWS * size.heads * size.tokens)
             workspace = max(workspace, min(tile, images * size.heads * size.scores) * held)
     return FP32 * workspace
+
+
+def _held_by_flex(attention: AttentionConfig, size: LayerSize) -> int:
+    """Numbers that FlexAttention's forward pass holds on a CPU for a head and an image, as measured."""
+    rows = size.sets * size.tokens
+    if attention.has_functions:  # a call for each cosine and sine, all at once
+        return 2 * attention.grid * round(5.2 * size.scores + rows * (size.width + 3 * attention.rank))
+    return round(3.3 * size.scores + 5 * rows * size.width)
 
 
 def written_by_rows(recipe: Recipe, on_gpu: bool) -> int:

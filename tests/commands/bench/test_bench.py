@@ -169,7 +169,8 @@ def test_step_prints_ratios_and_writes_json(tmp_path: Path) -> None:
     done = karat_done("bench", "step", *size, "--json", str(out))
     result = json.loads(out.read_text())
     loops = [row["loop"] for row in result["rows"]]
-    assert loops == ["bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B"]
+    fourth = "karat loop, KArAt G3B with bounded scores"
+    assert loops == ["bare PyTorch loop, softmax", "karat loop, softmax", "karat loop, KArAt G3B", fourth]
     assert result["rows"][0]["ratio_to_bare"] == 1.0
     assert all(row["images_per_second"] > 0 for row in result["rows"])
     assert result["seconds_to_first_step"] > 0

@@ -120,6 +120,14 @@ def test_tiles_of_rows_hold_what_is_planned(small_recipe: Load, monkeypatch: pyt
     assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
 
 
+@pytest.mark.parametrize("keys", [(), ("attention.form=content",), ("attention.kind=sigmoid",)])
+def test_flex_on_a_cpu_holds_all_scores(small_recipe: Load, keys: tuple[str, ...]) -> None:
+    recipe = small_recipe("attention.implementation=flex", "model.embed_dim=16", "model.patch_size=1", *keys)
+    footprint = Subject(recipe, on_gpu=False).footprint
+    planned = (footprint.live(8) + footprint.gradients_made).max() + attention_workspace(recipe, 8, on_gpu=False)
+    assert 1 <= planned / really_allocated(recipe, 8)[1] <= 1.2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("keys", ROWS)
 def test_tiles_of_rows_write_what_is_planned(small_recipe: Load, keys: tuple[str, ...]) -> None:
