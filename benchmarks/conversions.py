@@ -298,6 +298,8 @@ def render() -> str:
         parts.append(
             "## Not matched, and from scratch\n\n" + table(["stage", "arm", "epochs", "held-out", "test"], rows)
         )
+    if "whole" not in by_stage:
+        parts.append("Step 8, from scratch for as long as both trainings, has not run.\n")
     return "\n".join(parts)
 
 
