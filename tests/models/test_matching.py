@@ -262,6 +262,19 @@ def test_gradient_descent_lowers_the_errors_of_all_blocks(settings) -> None:
         assert all(sum(after[number]) < sum(before[number]) for number in (0, 1))
 
 
+def test_gradient_descent_on_s_too_brings_s_nearer_to_the_original() -> None:
+    def missed(of_scores: float) -> float:
+        torch.manual_seed(0)
+        conversion, _ = conversion_of(AttentionConfig(kind="karat", rank=4, grid=2))
+        conversion.use(())
+        descend(conversion, [0, 1], [images()] * 30, 30, 0.02, of_scores, lambda step: None)
+        calls = conversion.calls(images(), [0, 1])
+        gaps = [call.matrix(conversion.new[number]) - call.matrix(call.original) for number, call in calls.items()]
+        return float(sum(gap.detach().square().sum() for gap in gaps))
+
+    assert missed(1.0) < 0.9 * missed(0.0)
+
+
 def test_blocks_that_share_an_operator_are_one_group() -> None:
     blockwise, _ = conversion_of(AttentionConfig(kind="karat", rank=4, grid=2))
     universal, _ = conversion_of(AttentionConfig(kind="karat", rank=4, grid=2, mode="universal"))

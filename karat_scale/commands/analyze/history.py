@@ -379,8 +379,11 @@ def analyze_conversion(run: TrainedRun, _: Settings) -> Result:
     if survey:
         caption = "Blocks converted one after the other, from the least loss to the greatest, before fine-tuning."
         result.figures["blocks"] = _draw_survey(survey["curve"]), caption
-        counts = [[float(loss), count] for loss, count in survey["most_blocks_for_a_loss"].items()]
-        result.tables.append(Table("What to convert", ["loss of at most, points", "blocks converted"], counts))
+        rows = []
+        for loss, count in survey["most_blocks_for_a_loss"].items():
+            rows.append([float(loss), count, ", ".join(map(str, survey["curve"][count]["blocks"]))])
+        columns = ["loss of at most, points", "blocks converted", "which"]
+        result.tables.append(Table("What to convert", columns, rows))
     return result
 
 

@@ -27,7 +27,9 @@ from karat_scale.foundation.files import file_sha256, json_sha256
 from karat_scale.foundation.tables import Files
 from karat_scale.models.layers import freeze
 from karat_scale.recipe import Recipe
-from karat_scale.training.run_directory import OpenRun
+from karat_scale.recipe.loading import load_run_recipe
+from karat_scale.training.run_directory import OpenRun, RunDirectory
+from karat_scale.training.tasks.classification.conversion import SURVEYED
 from karat_scale.training.tasks.classification.distillation_teacher import build_model
 from karat_scale.training.weights_file import load_exported
 
@@ -243,7 +245,7 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def open_run(path: str | Path, data: str | None = None, weights: str = "auto", checkpoint: str = "best") -> TrainedRun:
-    """Open a run by its directory.
+    """Open a run, or what `karat convert --survey` left, by its directory.
 
     Args:
         data: the directory of the data, if it is no longer at `data.path`.
@@ -253,7 +255,11 @@ def open_run(path: str | Path, data: str | None = None, weights: str = "auto", c
         RecipeError: its recipe cannot be read.
         UntrustedError: its recipe names a class.
     """
-    run = TrainedRun.at(path, Recipe, [] if data is None else [f"data.path={data}"], weights, checkpoint)
+    overrides, directory = [] if data is None else [f"data.path={data}"], RunDirectory(path)
+    if (surveyed := directory.path / SURVEYED).is_file() and not directory.recipe_file.exists():
+        run = TrainedRun(directory.path, load_run_recipe(surveyed, overrides, Recipe), weights, checkpoint)
+    else:
+        run = TrainedRun.at(path, Recipe, overrides, weights, checkpoint)
     if run.device.type == "cpu":
         run = replace(run, recipe=run.recipe.changed(data=run.recipe.data.on_a_cpu()))
     elif run.recipe.data.row.without_gpu:

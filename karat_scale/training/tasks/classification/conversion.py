@@ -36,7 +36,7 @@ from karat_scale.data.loading.device_feed import DeviceFeed
 from karat_scale.data.plan import PADDING, BatchSlice
 from karat_scale.engine import distributed
 from karat_scale.engine.distributed import wait_for
-from karat_scale.engine.engine import allow_tf32
+from karat_scale.engine.engine import PRECISIONS, allow_tf32
 from karat_scale.engine.memory import one_line_out_of_memory
 from karat_scale.engine.reporting.progress import Reporter, choose_display
 from karat_scale.foundation.console import plural, print_table
@@ -49,7 +49,7 @@ from karat_scale.models.matching import Conversion, descend, errors, solve
 from karat_scale.models.transfer import weights_digest
 from karat_scale.recipe import AttentionConfig, Recipe
 from karat_scale.recipe.base import Effect
-from karat_scale.recipe.loading import effects, flatten
+from karat_scale.recipe.loading import dump_recipe, effects, flatten
 from karat_scale.training.agreement import Agreement, StoppedError, StopSignals
 from karat_scale.training.run_directory import RunDirectory
 from karat_scale.training.task import Task
@@ -57,7 +57,7 @@ from karat_scale.training.trainer import starting_model
 from karat_scale.training.weights_file import write_model
 
 FILE = "matched.safetensors"
-SURVEY = "survey.json"
+SURVEY, SURVEYED = "survey.json", "survey.yaml"  # its result and its recipe, as no run has begun
 # Numbers of images: in a step of gradient descent, for least squares, for the report's errors, for the survey's timing.
 BATCH, SOLVED, MEASURED, TIMED = 64, 500, 256, 16
 # Losses of accuracy, in points of top-1, for which the survey proposes what to convert.
@@ -353,7 +353,8 @@ def _drop_survey_of_another(run: Path, recipe: Recipe) -> None:
     """Remove the survey of another original or attention. Other blocks may be converted: a survey proposes them."""
     found = read_survey(run)
     if found is not None and (found["from"], found["attention"]) != (recipe.init_from, _surveyed_attention(recipe)):
-        (run / SURVEY).unlink(missing_ok=True)
+        for name in (SURVEY, SURVEYED):
+            (run / name).unlink(missing_ok=True)
 
 
 def _surveyed_attention(recipe: Recipe) -> dict[str, Any]:
@@ -382,7 +383,8 @@ def told(report: Report) -> str:
 def survey(task_type: type[Task], recipe: Recipe) -> int:
     """Find which blocks to convert: try each by itself, then one more after the other; return the exit code.
 
-    RUN/survey.json has the result, which `karat analyze` shows. A run of the same recipe goes on from here.
+    RUN/survey.json has the result, which `karat analyze` shows, with or without a run there. A run of the same recipe
+    goes on from here.
 
     Raises:
         UserError: the recipe does not fit the source, the data or the run directory, or the run there has begun.
@@ -408,7 +410,7 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
         try:
             with one_line_out_of_memory(partial(task_type.less_memory, recipe, world.size)):
                 model = starting_model(task, directory, signals)
-                found = _surveyed(task.stage, model, world.device, reporter)
+                found = _surveyed(task.stage, model, world.device, PRECISIONS[recipe.train.precision].compute, reporter)
         except StoppedError:
             reporter.info("stopped; run the same command to go on")
             raise
@@ -417,13 +419,14 @@ def survey(task_type: type[Task], recipe: Recipe) -> int:
             reporter.close()
         if world.is_main:
             kept = {**found, "attention": _surveyed_attention(recipe)}
+            replace_file(directory.path / SURVEYED, dump_recipe(recipe))
             replace_file(directory.path / SURVEY, json.dumps(kept, indent=1) + "\n")
             _show(found, recipe, task.stage.from_softmax)
         return 0
     return EXIT_STOPPED
 
 
-def _surveyed(stage: Stage, model: nn.Module, device: torch.device, reporter: Reporter) -> Report:
+def _surveyed(stage: Stage, model: nn.Module, device: torch.device, dtype: torch.dtype, reporter: Reporter) -> Report:
     report, images = stage.report, stage.first_images()
     model.to(device)
     blocks = {block["block"]: dict(block) for block in report["blocks"]}
@@ -435,7 +438,7 @@ def _surveyed(stage: Stage, model: nn.Module, device: torch.device, reporter: Re
     curve: list[Report] = []
     for count in range(len(order) + 1):
         converted = sorted(order[:count])
-        point = {"blocks": converted, "top1": stage.evaluate(converted), **_cost(model, images)}
+        point = {"blocks": converted, "top1": stage.evaluate(converted), **_cost(model, images, dtype)}
         reporter.info(f"{plural(count, 'block')} converted: {point['top1']:.2f} %")
         curve.append(point)
     best = curve[0]["top1"]
@@ -445,8 +448,11 @@ def _surveyed(stage: Stage, model: nn.Module, device: torch.device, reporter: Re
     }
 
 
-def _cost(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return how fast forward and backward passes are, and what one image keeps in memory between them."""
+def _cost(model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Return how fast forward and backward passes are, and what one image keeps in memory between them.
+
+    dtype: that in which training computes.
+    """
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
@@ -460,7 +466,8 @@ def _cost(model: nn.Module, images: Tensor) -> dict[str, float]:
     for _ in range(REPEATS):
         wait_for(images.device)
         start = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
+        with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = model(images).sum()
             held = sum(kept.values())
         loss.backward()

@@ -123,6 +123,10 @@ def test_the_survey_says_what_each_block_costs_and_how_many_pay(convert, origina
         assert found["curve"][0]["top1"] - found["curve"][count]["top1"] <= float(loss)
     assert says.count("for a loss of at most") == 4
     assert not (run / "recipe.yaml").exists()
+    assert karat_here("analyze", str(run), "--only", "conversion") == 0
+    surveyed = (run / "analysis/report.html").read_text()
+    assert "blocks converted one after the other" in surveyed.lower()
+    assert "What to convert" in surveyed
     # A run of the same recipe reuses the survey's matching.
     own = convert(run, *KARAT, "convert.steps=2", "train.max_steps=1")
     assert "matching the attention" not in karat_says(*own)
