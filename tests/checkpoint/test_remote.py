@@ -291,7 +291,10 @@ def test_a_store_that_takes_nothing_is_one_line_in_time(fault, line, store, s3, 
 def test_sigkill_at_any_moment_leaves_no_incomplete_checkpoint(store, s3, s3_port, tmp_path) -> None:
     """A SIGKILL leaves no incomplete checkpoint, at 12 moments of a process that copies and removes in a loop."""
     program = f"""
-from tests.checkpoint.test_remote import *
+import sys
+from pathlib import Path
+from karat_scale.checkpoint.store import CheckpointStore
+from tests.checkpoint.test_remote import opened, upload
 store, remote = CheckpointStore(Path({str(store.root)!r})), opened(sys.argv[1])
 print("begins", flush=True)
 while True:
