@@ -121,10 +121,10 @@ class AttentionConfig(Section):
             return self.changed(blocks={}) if self.blocks else self
         taken = self.model_dump(exclude={"blocks"})
         if "kind" in own:
-            is_ours = isinstance(own["kind"], str) and own["kind"] in ATTENTIONS
-            kept = ATTENTIONS[own["kind"]].keys if is_ours else ()
+            row = ATTENTIONS.get(own["kind"]) if isinstance(own["kind"], str) else None
+            kept = row.keys if row else ()
             taken = {key: value for key, value in taken.items() if key in kept or key not in _NAMING}
-            if _has_no_kernel(own["kind"], kept, self.implementation):  # it is for the other blocks
+            if _has_no_kernel(row, kept, self.implementation):  # it is for the other blocks
                 del taken["implementation"]
         return AttentionConfig(**{**taken, **own})
 
@@ -157,7 +157,7 @@ class AttentionConfig(Section):
 
     def refuse_keys(self, taken: Collection[str]) -> None:
         """Raise ValueError for a key that names another model, but is not among the keys that the kind takes."""
-        if _has_no_kernel(self.kind, taken, self.implementation):
+        if _has_no_kernel(self.row, taken, self.implementation):
             named = f"attention.implementation = {self.implementation}"
             raise ValueError(f"{named} does not support attention.kind={self.kind}; use auto")
         for key in _NAMING:
@@ -248,9 +248,8 @@ class AttentionConfig(Section):
             )
 
 
-def _has_no_kernel(kind: Any, taken: Collection[str], implementation: str) -> bool:
-    """Whether a kind that takes these keys cannot be computed by an implementation that is not for everything."""
-    row = ATTENTIONS.get(kind) if isinstance(kind, str) else None
+def _has_no_kernel(row: AttentionRow | None, taken: Collection[str], implementation: str) -> bool:
+    """Return whether an implementation with kernels has none for a kind that takes these keys."""
     by_flex = row is not None and row.by_rows and implementation == "flex"
     return implementation in ("cpu", "triton", "flex") and "implementation" not in taken and not by_flex
 

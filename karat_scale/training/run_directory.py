@@ -13,6 +13,7 @@ evaluations/     results on other test sets, see commands/evaluate/predictions.p
 tensorboard/     event files
 trackers/        how far each tracker has got
 profile/         see engine/reporting/interval.py
+survey.*         see tasks/classification/conversion.py
 incidents/       see outcome.py
 checkpoints/     see checkpoint/store.py
 snapshots/       see checkpoint/weights.py

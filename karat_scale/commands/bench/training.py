@@ -51,22 +51,22 @@ def bench_step(options: argparse.Namespace) -> int:
         raise UserError(f"--batch {batch} is odd, but mixup and cutmix mix pairs; use an even number")
     with distributed.joined("auto") as world, tempfile.TemporaryDirectory() as scratch:
 
-        def recipe(kind: str, **attention: float) -> Recipe:
+        def recipe(name: str, **attention: Any) -> Recipe:
             return synthetic_recipe(
-                f"{scratch}/{kind}-{len(attention)}",
+                f"{scratch}/{name}",
                 "bench step",
                 model=model,
-                attention={"kind": kind, **attention},
+                attention=attention,
                 data={"synthetic_samples": batch},
                 train={"global_batch": batch, "ema_decay": 0.0, "epochs": MANY},
                 log={"every_steps": 50},
             )
 
         contenders: dict[str, Callable[[], object]] = {
-            BARE: bare_loop(recipe("softmax"), steps, world),
-            OURS: partial(OurLoop(recipe("softmax"), world).run, steps),
-            KARAT: partial(OurLoop(recipe("karat"), world).run, steps),
-            BOUNDED: partial(OurLoop(recipe("karat", bound=math.pi), world).run, steps),
+            BARE: bare_loop(recipe("bare", kind="softmax"), steps, world),
+            OURS: partial(OurLoop(recipe("ours", kind="softmax"), world).run, steps),
+            KARAT: partial(OurLoop(recipe("karat", kind="karat"), world).run, steps),
+            BOUNDED: partial(OurLoop(recipe("bounded", kind="karat", bound=math.pi), world).run, steps),
         }
         seconds = interleaved_seconds(contenders, options.rounds)
         first_step = statistics.median(

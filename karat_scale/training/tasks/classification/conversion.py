@@ -57,7 +57,8 @@ from karat_scale.training.trainer import starting_model
 from karat_scale.training.weights_file import write_model
 
 FILE = "matched.safetensors"
-SURVEY, SURVEYED = "survey.json", "survey.yaml"  # its result and its recipe, as no run has begun
+SURVEY = "survey.json"
+SURVEYED = "survey.yaml"  # its recipe, as RUN/recipe.yaml would mean that a run has begun
 # Numbers of images: in a step of gradient descent, for least squares, for the report's errors, for the survey's timing.
 BATCH, SOLVED, MEASURED, TIMED = 64, 500, 256, 16
 # Losses of accuracy, in points of top-1, for which the survey proposes what to convert.
@@ -451,7 +452,7 @@ def _surveyed(stage: Stage, model: nn.Module, device: torch.device, dtype: torch
 def _cost(model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, float]:
     """Return how fast forward and backward passes are, and what one image keeps in memory between them.
 
-    dtype: that in which training computes.
+    dtype: what training computes in.
     """
     kept: dict[int, int] = {}
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -462,11 +463,10 @@ def _cost(model: nn.Module, images: Tensor, dtype: torch.dtype) -> dict[str, flo
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    seconds = []
+    seconds, autocast = [], torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
     for _ in range(REPEATS):
         wait_for(images.device)
         start = time.perf_counter()
-        autocast = torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32)
         with autocast, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss = model(images).sum()
             held = sum(kept.values())
