@@ -59,7 +59,7 @@ from karat_scale.recipe.loading import flatten
 from karat_scale.training.run_directory import OpenRun
 from karat_scale.training.task import Task
 from karat_scale.training.tasks.classification.distillation_teacher import trained_classifier
-from karat_scale.training.tasks.classification.task import OnEvalBatch, evaluate_batches
+from karat_scale.training.tasks.classification.task import OnEvalBatch, evaluate_batches, top_classes
 
 
 def collect(
@@ -90,10 +90,10 @@ def collect(
             masked = torch.full_like(logits, -torch.inf)
             masked[:, among] = logits[:, among]
             logits = masked
-        top = logits.softmax(-1).topk(min(KEPT, logits.shape[1] if among is None else len(among)))
+        top = top_classes(logits, KEPT if among is None else min(KEPT, len(among)))
         losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         arrays = {"ids": batch.sample_ids, "labels": batch.labels}
-        arrays |= {"top_labels": top.indices, "top_probabilities": top.values, "losses": losses}
+        arrays |= {"top_labels": top, "top_probabilities": logits.softmax(-1).gather(1, top), "losses": losses}
         keep = batch.valid.cpu().numpy()  # the images that could be read
         parts.append({name: values.cpu().numpy()[keep] for name, values in arrays.items()})
 

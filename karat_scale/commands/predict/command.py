@@ -49,6 +49,7 @@ from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.files import locate, name_one
 from karat_scale.recipe.loading import validate_recipe
+from karat_scale.training.tasks.classification.task import top_classes
 from karat_scale.training.weights_file import read_exported, read_facts
 
 
@@ -356,14 +357,15 @@ def predict_files(
             finite = logits.isfinite().all(1)
             reasons = dict.fromkeys(batch.sample_ids[~finite].tolist(), "the model's output is not finite")
             reasons |= {sample.sample_id: sample.reason for sample in batch.bad}
-            tops = logits.softmax(-1).topk(min(top, logits.shape[1]))
+            tops = top_classes(logits, top)
+            chances = logits.softmax(-1).gather(1, tops)
             for row, number in enumerate(batch.sample_ids.tolist()):
                 if number in reasons:
                     yield Prediction(files[number], error=reasons[number])
                     continue
                 guesses = [
                     {"label": label, "class": classifier.class_name(label), "probability": chance}
-                    for label, chance in zip(tops.indices[row].tolist(), tops.values[row].tolist(), strict=True)
+                    for label, chance in zip(tops[row].tolist(), chances[row].tolist(), strict=True)
                 ]
                 overlay = ""
                 if maps:

@@ -141,6 +141,14 @@ OnEvalBatch = Callable[[int, int, tuple[BadSample, ...]], None]
 """A function that gets how many batches are done, of how many, and the unreadable samples of the last one."""
 
 
+def top_classes(logits: Tensor, count: int) -> Tensor:
+    """Return the most probable classes, best first: logits [b, classes] to [b, count].
+
+    Of equal logits, which bf16 often has, the lower class comes first. `topk` orders them differently for each count.
+    """
+    return logits.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
 @torch.no_grad()
 def evaluate_batches(
     forward: Forward,
@@ -192,9 +200,9 @@ def evaluate(
     def count(logits: Tensor, batch: Batch) -> None:
         """[top-1 hits, top-5 hits, summed loss, samples, those with outputs that are not finite]"""
         labels, valid = batch.labels, batch.valid
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        ranked = top_classes(logits, 5)
         loss = F.cross_entropy(logits, labels.clamp(min=0), reduction="none").double()
-        finite = loss.isfinite()  # else some logit is not, and `topk` takes it for the largest
+        finite = loss.isfinite()  # else some logit is not, and sorting puts NaN first
         hits = (ranked == labels[:, None]) & (valid & finite)[:, None]
         summed = torch.where(valid, loss, 0.0).sum()
         counts = (hits[:, 0].sum(), hits.sum(), summed, valid.sum(), (valid & ~finite).sum())
