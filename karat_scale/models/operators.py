@@ -173,6 +173,10 @@ def _maker_of_kind(attention: AttentionConfig) -> _Maker:
             if getattr(heads, name, None) != sizes[name]:
                 raise ValueError(f"kind = {kind!r}: its constructor must set self.{name}, here to {sizes[name]}")
         if of_user:
+            for name, parameter in heads.named_parameters():
+                if parameter.shape[:1] != (num_heads,):
+                    told = f"the first axis of its parameter {name} {[*parameter.shape]} must be the {num_heads} heads"
+                    raise ValueError(f"kind = {kind!r}: {told}")
             heads.register_forward_hook(functools.partial(_check_output, kind))
         return heads
 

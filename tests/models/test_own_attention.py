@@ -50,6 +50,11 @@ class Demanding(Linearised):
     def __init__(self, num_tokens, num_heads, secret):
         pass
 
+class Tempered(Linearised):
+    def __init__(self, num_tokens, num_heads):
+        super().__init__(num_tokens, num_heads, 1, 1, 1)
+        self.temperature = nn.Parameter(torch.ones(()))
+
 class Not:
     pass
 """
@@ -114,6 +119,11 @@ def test_what_is_no_attention_is_one_line_and_a_foreign_one_needs_trust(mine, mo
         ("Nothing", {}, f"attention.kind = '{mine}:Nothing': .*has no Nothing"),
         ("Demanding", {}, f"attention.kind = '{mine}:Demanding': .*cannot be built: .*secret"),
         ("Forgetful", {}, f"attention.kind = '{mine}:Forgetful': .*must set self.num_heads, here to 2"),
+        (
+            "Tempered",
+            {},
+            f"attention.kind = '{mine}:Tempered': the first axis of its parameter temperature .. must be the",
+        ),
         ("Linearised", {"form": "content"}, "attention.form = content has no effect with attention.kind = "),
         ("Linearised", {"implementation": "cpu"}, "attention.implementation = cpu does not support attention.kind="),
     ):
