@@ -3,7 +3,8 @@
 `split IMAGES DATA` makes the data of CIFAR-10 in folders, train/CLASS and test/CLASS: two data sets in shards with the
 same training images. The val split of `held_out` is the held-out images, that of `tested` the test images. `run` trains
 run after run in WORK and writes each one's record to docs/experiments/contrasts/. Interrupted runs resume, and several
-processes may share WORK. `report` writes the page of results from the records.
+processes may share WORK. `report` writes the page of results from the records. `weights` puts the best model of each
+arm in WORK into examples/weights.
 """
 
 import argparse
@@ -364,7 +365,8 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, places in {"split": ("images", "data"), "run": ("data", "work"), "report": ()}.items():
+    places_of = {"split": ("images", "data"), "run": ("data", "work"), "report": (), "weights": ("work",)}
+    for name, places in places_of.items():
         command = commands.add_parser(name)
         for place in places:
             command.add_argument(place, type=Path)
@@ -375,6 +377,11 @@ def main() -> None:
         split(asked.images, asked.data)
     elif asked.command == "run":
         run(asked.data, asked.work, asked.short)
+    elif asked.command == "weights":
+        from benchmarks.contrasts_weights import draw, export_best  # imports this module
+
+        export_best(asked.work)
+        draw()
     else:
         from benchmarks.contrasts_report import write_results  # imports scipy
 

@@ -55,6 +55,14 @@ def test_the_page_is_what_the_records_say() -> None:
     assert contrasts_report.PAGE.read_text() == contrasts_report.render()
 
 
+def test_the_predictions_of_each_record_are_those_of_its_top1() -> None:
+    """Except for images with equal largest logits, of which there are a few in bf16."""
+    for path in sorted(contrasts.RECORDS.glob("*.json")):
+        record = json.loads(path.read_text())
+        if record["predictions"]:
+            assert 100 * contrasts_report.correct(record).mean() == pytest.approx(record["top1"], abs=0.1), path.name
+
+
 @pytest.mark.parametrize("arm", [*ARMS, *LATER])
 def test_each_arm_is_a_valid_recipe(arm: str) -> None:
     recipe = load_recipe(RECIPE, settings(Trial("main", arm, 1.25e-4, 3), Path("data"), Path("run")))
@@ -109,7 +117,8 @@ def test_the_page_has_paired_differences_and_images_that_one_arm_alone_gets_righ
     # One of two images is right in one arm alone: 1.96 * 0.7071 / sqrt(2).
     assert "|smooth - without_scores|5|+2.80 (+1.76 to +3.84)|+-98.00|0.005|" in page
     assert "|smooth - biased_softmax|0|not yet run||" in page
-    assert "|smooth|static|5|0|" in page
+    assert "|smooth|static|+2.80|+-98.00|5|0|" in page
+    assert "(+1.76 to +3.84)|+-98.00|0.005|+3.00|" in page  # without seed 0, whose difference is 2
     keep(Trial(stage, "static", 1e-3, 5), 70.0, "94")
     changed = json.loads(Trial(stage, "static", 1e-3, 5).record.read_text()) | {"seed": 0, "data_digest": "another"}
     Trial(stage, "static", 1e-3, 5).record.write_text(json.dumps(changed))

@@ -102,5 +102,5 @@ def test_the_starts_that_the_docs_compare_are_committed_runs() -> None:
             runs.setdefault(start, []).append(record.summary["last_top1"])
     starts = ("softmax", "paper", "variance_preserving", "residual=true", "softmax_like")
     assert {start: len(figures) for start, figures in runs.items()} == dict.fromkeys(starts, 3)
-    cells = " | ".join(f"{sum(runs[start]) / 3:.2f}" for start in starts)
-    assert f"| {cells} |\n" in (DOCS / "attention.md").read_text()
+    cells = "|".join(f"{sum(runs[start]) / 3:.2f}" for start in starts)
+    assert f"|{cells}|\n" in (DOCS / "attention.md").read_text()

@@ -17,6 +17,7 @@ from karat_scale.commands.analyze.maps import LastBlock
 from karat_scale.commands.predict.command import find_images, logits_of, open_classifier, predict_files
 from karat_scale.engine.engine import forward_for_evaluation
 from karat_scale.engine.reporting.progress import Reporter, SilentDisplay
+from karat_scale.foundation.files import shipped_directory
 from karat_scale.models import create_model
 from karat_scale.models.attention_matrices import watched
 from karat_scale.recipe import Recipe
@@ -66,7 +67,7 @@ def test_the_logits_are_those_of_evaluation(run: Path, world, weights: str) -> N
     assert not torch.equal(torch.cat([logits for _, logits in logits_of(raw, files, 7)]), expected)
 
 
-@pytest.mark.parametrize("name", ["cifar10_karat", "cifar10_softmax"])
+@pytest.mark.parametrize("name", sorted(path.name for path in shipped_directory("examples/weights").iterdir()))
 def test_the_models_that_come_with_the_package_are_as_recorded_and_know_a_cat(name: str, tmp_path: Path) -> None:
     photo, found = tmp_path / "photo.jpg", tmp_path / "found.json"
     Image.fromarray(skimage.data.chelsea()).save(photo)
