@@ -200,7 +200,9 @@ class Content:
         """Return `FIGURES` of each block [L, 4]."""
         energy, shared, norms, beyond, pairs = self._sums.T
         same = [float(torch.as_tensor(x).square().sum()) / n for x, n in zip(self._matrices, self._images, strict=True)]
-        depends = ((1 - part / energy).round(12) + 0.0 for part in (shared, np.array(same)))  # no -2e-16, no -0
+        parts = (shared, np.array(same))
+        kept = (np.divide(part, energy, out=np.ones_like(energy), where=energy > 0) for part in parts)  # S may be 0
+        depends = ((1 - one).round(12) + 0.0 for one in kept)  # no -2e-16, no -0
         return np.stack((*depends, beyond / np.maximum(pairs, 1), norms / self._count), 1)
 
 

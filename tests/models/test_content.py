@@ -151,6 +151,15 @@ def test_a_kernel_that_cannot_give_s_leaves_it_to_another(form: str, transferred
     assert figures[0] == {name: pytest.approx(values, abs=1e-4) for name, values in figures[1].items()}
 
 
+def test_a_matrix_of_zeros_depends_on_nothing() -> None:
+    model = create_model(SIZE, AttentionConfig(kind="static")).eval()
+    for name, parameter in model.named_parameters():
+        if "operator" in name:
+            torch.nn.init.zeros_(parameter)
+    figures = content_of(model, model, torch.randn(2, 3, 16, 16))
+    assert figures["by_query"] == figures["by_image"] == figures["frobenius_norm"] == [0] * len(figures["by_query"])
+
+
 def test_windows_that_see_unlike_parts_do_not_make_s_depend_on_the_image() -> None:
     """A static S does not depend on the image, although in a shifted block windows at the edge mask more pairs."""
     torch.manual_seed(0)

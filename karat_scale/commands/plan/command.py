@@ -53,6 +53,8 @@ def plan_recipes(recipes: Sequence[Recipe], request: Request) -> int:
     more = len(recipes) > 1
     if more and request.with_curve:
         raise UserError("--curve takes one recipe; name one, or leave out --curve")
+    if more and request.step_time is not None:
+        raise UserError("--step-time is of one recipe; name one, or leave out --step-time")
     if request.only_dry_run:
         for recipe in recipes:
             for line in dry_run(recipe, request.gpus):
@@ -185,6 +187,8 @@ def _check_batches(recipe: Recipe, world: int, backend: Backend) -> str:
 def _check_model(recipe: Recipe, images: torch.Tensor) -> str:
     """Check a forward pass on the CPU; `streaming` replaces `triton`, which needs a GPU, and computes the same."""
     attention = recipe.attention
+    if attention.transfer_from:
+        raise RecipeError("attention.transfer_from: the teacher is not checked; add attention.transfer_from=")
     if attention.implementation == "triton":
         attention = attention.changed(implementation="streaming")
     torch.manual_seed(recipe.run.seed)

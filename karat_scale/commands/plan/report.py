@@ -210,7 +210,8 @@ def _show_time(plan: Plan) -> None:
         share = f", {100 * plan.load.hidden:.0f} % of it beside" if plan.load.hidden else " after"
         took = f"{duration(plan.communication)}{share} the backward pass"
         print(f"communication: each rank sends {gigabytes(sent)} a step, {took}")
-    if plan.gpu is not None and not plan.gpu.has_triton and plan.recipe.attention.is_modular_series:
+    has_kernels = any(own.has_functions and own.is_modular_series for own in plan.recipe.attention.sections)
+    if plan.gpu is not None and not plan.gpu.has_triton and has_kernels:
         print(f"{plan.gpu.key} is older than Ampere and cannot run the Triton kernels, so KArAt is slower than planned")
     if plan.not_measured:
         print(plan.not_measured)

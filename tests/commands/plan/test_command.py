@@ -54,6 +54,8 @@ def test_two_recipes_are_shown_side_by_side(tmp_path: Path, capsys: Capture) -> 
     assert "time of a step" in printed
     assert plan("imagenet_vit_tiny", "--curve", "--gpu", "h100-80") == 2
     assert "--curve takes one recipe" in capsys.readouterr().err
+    assert plan("imagenet_vit_tiny", "--step-time", "0.1", "--memory", "40") == 2
+    assert "--step-time is of one recipe" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -76,6 +78,9 @@ def test_a_card_older_than_ampere_has_no_triton_kernels(capsys: Capture) -> None
     assert "attention.implementation = triton: v100-32 is older than Ampere" in capsys.readouterr().err
     assert plan(*v100, "attention.kind=karat") == 0
     assert "v100-32 is older than Ampere and cannot run the Triton kernels" in capsys.readouterr().out
+    for kind in ("softmax", "static"):
+        assert plan(*v100, f"attention.kind={kind}") == 0
+        assert "Triton" not in capsys.readouterr().out
 
 
 def test_too_few_images_for_one_batch_are_refused(capsys: Capture) -> None:
@@ -158,6 +163,7 @@ def test_classes_that_are_never_seen_are_told(recipe: Recipe) -> None:
         ("deepspeed", {"config": "zero7"}, 1, "no such file; use one of zero"),
         ("data", {"train_split": "test"}, 1, "no samples of split 'test'"),
         ("model", {"name": "vit_tinny"}, 1, "timm has no such model"),
+        ("attention", {"transfer_from": "run"}, 1, "the teacher is not checked; add attention.transfer_from="),
     ],
 )
 def test_mistakes_are_found(recipe: Recipe, section: str, fields: dict[str, object], world: int, message: str) -> None:
