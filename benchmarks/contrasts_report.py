@@ -160,7 +160,7 @@ def contrasts(by_arm: ByArm, epochs: int) -> str:
         if own:  # a single seed has no interval
             points = difference(own) if len(own) > 1 else f"{own[0]:+.2f}"
             said = [points, f"+-{error_of_images(by_arm, *pair):.2f}"]
-        later = paired({arm: {s: r for s, r in by_arm.get(arm, {}).items() if s > 0} for arm in pair}, *pair)
+        later = paired(by_arm, *pair, first=1)
         rows.append([name, len(own), *said, p, f"{statistics.mean(later):+.2f}" if later else ""])
     text = f"### Contrasts after {epochs} epochs\n\n"
     text += f"The softmax to beat is `{others[0]}`.\n\n" if len(others) > 1 else ""
@@ -197,10 +197,10 @@ def mean_top1(by_arm: ByArm, arm: str) -> float:
     return float(statistics.mean(record["top1"] for record in by_arm[arm].values()))
 
 
-def paired(by_arm: ByArm, arm: str, other: str) -> list[float]:
-    """Return one arm's top-1 less another's, for each seed that both have."""
+def paired(by_arm: ByArm, arm: str, other: str, first: int = 0) -> list[float]:
+    """Return one arm's top-1 less another's, for each seed from `first` on that both have."""
     seeds = sorted(by_arm.get(arm, {}).keys() & by_arm.get(other, {}).keys())
-    return [by_arm[arm][seed]["top1"] - by_arm[other][seed]["top1"] for seed in seeds]
+    return [by_arm[arm][seed]["top1"] - by_arm[other][seed]["top1"] for seed in seeds if seed >= first]
 
 
 def error_of_images(by_arm: ByArm, arm: str, other: str) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from benchmarks.attention_results import table
 from benchmarks.contrasts import ROOT, SEEDS, Trial, chosen_rate, karat
@@ -39,25 +40,23 @@ def export_best(work: Path) -> None:
     for arm, name in FOLDERS.items():
         rate = chosen_rate(arm)
         runs = [Trial("main", arm, rate, seed) for seed in SEEDS[arm]] if rate is not None else []
-        found = {trial: trial.top1() or 0.0 for trial in runs if (work / trial.name).is_dir()}
+        kept = [trial for trial in runs if (work / trial.name).is_dir()]
+        found = {trial.name: top1 for trial in kept if (top1 := trial.top1()) is not None}  # those that have finished
         if found and not (MODELS / name).exists():
-            run = work / max(found, key=found.__getitem__).name
-            options = ("--format", "hub-folder", "--checkpoint", "latest", "--out", str(MODELS / name))
-            karat("export", str(run), *options)
+            run = work / max(found, key=found.__getitem__)
+            karat("export", str(run), "--format", "hub-folder", "--checkpoint", "latest", "--out", str(MODELS / name))
 
 
 @functools.cache
-def before_and_after(arm: str) -> tuple[list[AttentionHeads], list[AttentionHeads]]:
+def before_and_after(arm: str) -> list[list[AttentionHeads]]:
     """Return the learned heads of an arm's model by block: at their start, which follows from the seed, and trained."""
     folder = MODELS / FOLDERS[arm]
     recipe = load_recipe(folder / "recipe.yaml")
     torch.manual_seed(recipe.run.seed)  # as in training
     start, end = (create_model(recipe.model, recipe.attention) for _ in range(2))
     end.load_state_dict(load_file(folder / "model.safetensors"))
-    heads_of_start, heads_of_end = (
-        [heads for layer in attention_layers(model) if (heads := heads_of(layer.attention))] for model in (start, end)
-    )
-    return heads_of_start, heads_of_end
+    layers = (attention_layers(model) for model in (start, end))
+    return [[heads for layer in own if (heads := heads_of(layer.attention))] for own in layers]
 
 
 @torch.no_grad()
@@ -67,24 +66,16 @@ def changes() -> str:
     for arm in ("smooth", "frozen_functions"):
         for block, pair in enumerate(zip(*before_and_after(arm), strict=True)):
             start, end = ({name: x.double() for name, x in heads.named_parameters()} for heads in pair)
-            functions = [torch.cat([own["cos_modes"], own["sin_modes"]]) for own in (start, end)]
+            functions = [torch.cat([own["cos_modes"], own["sin_modes"]]).flatten() for own in (start, end)]
             w = [own["proj_modes"] for own in (start, end)]
+            changed: list[Tensor] = []
+            for before, after in (functions, [x.flatten() for x in w]):
+                changed += [cosine_similarity(before, after, dim=0), (after - before).norm() / before.norm()]
             # The second mode is the class token, up to a constant (`attention/softmax.py`).
-            shares = [float(x[:, 1].square().sum() / x.square().sum()) for x in w]
-            changed = [f"{say(*x):.2f}" for x in (functions, w) for say in (cosine, change)]
-            rows.append([arm, block, *changed, *(f"{x:.0%}" for x in shares)])
+            shares = [x[:, 1].square().sum() / x.square().sum() for x in w]
+            rows.append([arm, block, *(f"{x:.2f}" for x in changed), *(f"{x:.0%}" for x in shares)])
     columns = ["arm", "block", "functions", "change", "W", "change", "class token, start", "class token, end"]
     return table(columns, rows)
-
-
-def cosine(x: Tensor, y: Tensor) -> float:
-    """Return the cosine of two tensors, each taken as one vector."""
-    return float((x * y).sum() / x.norm() / y.norm())
-
-
-def change(start: Tensor, end: Tensor) -> float:
-    """Return how much a tensor has changed, relative to the norm of its start."""
-    return float((end - start).norm() / start.norm())
 
 
 @torch.no_grad()
