@@ -67,24 +67,30 @@ def make_data(data: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a copy of the package with all examples applied, after all their commands have run."""
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the package with all examples applied."""
     copy = tmp_path_factory.mktemp("contributing")
     for name in ("karat_scale", "data_prep", "ds_configs"):
         shutil.copytree(ROOT / name, copy / name)
     subprocess.run(["git", "init", "-q"], cwd=copy, check=True)  # else git takes the paths from a repository around it
-    make_data(copy / "data")
     for section in SECTIONS.values():
         apply(section, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def copy(applied: Path) -> Path:
+    """Return the copy after all commands of the examples have run."""
+    make_data(applied / "data")
     commands = [
         line for section in SECTIONS.values() for _, text in blocks(section, "bash") for line in text.splitlines()
     ]
     words = [line.removeprefix("karat ") for line in commands]
     for line in words:
         if line.startswith("prepare "):
-            karat(copy, "-m", "karat_scale", *shlex.split(line))
-    karat(copy, "-c", IN_TURN, *(line for line in words if line.startswith("train ")))
-    return copy
+            karat(applied, "-m", "karat_scale", *shlex.split(line))
+    karat(applied, "-c", IN_TURN, *(line for line in words if line.startswith("train ")))
+    return applied
 
 
 def test_each_example_has_a_module_its_row_and_a_command() -> None:
@@ -95,6 +101,16 @@ def test_each_example_has_a_module_its_row_and_a_command() -> None:
         assert Path(title).suffix == ".py"
         assert blocks(section, "diff")
         assert len(blocks(section, "bash")) == 1
+
+
+def test_each_example_still_applies(applied: Path) -> None:
+    for section in SECTIONS.values():
+        ((title, text),) = blocks(section, "python")
+        assert (applied / title).read_text() == text
+        for _, diff in blocks(section, "diff"):
+            path = re.search(r"^\+\+\+ b/(.*)$", diff, flags=re.MULTILINE)[1]
+            added = re.findall(r"^\+(?!\+\+ )(.*)$", diff, flags=re.MULTILINE)
+            assert set(added) <= set((applied / path).read_text().splitlines())
 
 
 @pytest.mark.slow(together=True)

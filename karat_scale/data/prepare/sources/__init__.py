@@ -28,14 +28,15 @@ __all__ = ["Source", "SourceOptions", "open_splits"]
 
 # Each looks for its data set's official files and returns splits and classes. The value has the options it uses.
 DataSets = dict[Callable[[Path, SourceOptions], tuple[Openers, list[str]]], set[str]]
-IDX: DataSets = {idx_splits: {"encoding"}}
 DATA_SETS: DataSets = {
+    idx_splits: {"encoding"},
+}
+OF_TORCHVISION: DataSets = {
     partial(cifar_splits, "cifar10"): {"encoding", "any_hash"},
     partial(cifar_splits, "cifar100"): {"encoding", "any_hash"},
     svhn_splits: {"encoding", "any_hash"},
     stl10_splits: {"encoding", "any_hash"},
     flowers_splits: {"any_hash"},
-    **IDX,
 }
 
 
@@ -80,7 +81,7 @@ def _find(
     if has_imagenet_tars(src):
         _refuse_unheeded(src, options, "ImageNet's tars", {"val_labels", "synsets"})
         return imagenet_splits(src, split, options, known_classes)
-    possible = DATA_SETS if any((src / name).exists() for name in KNOWN_TO_TORCHVISION) else IDX
+    possible = DATA_SETS | (OF_TORCHVISION if any((src / name).exists() for name in KNOWN_TO_TORCHVISION) else {})
     official = [(heeded, *found) for look_for, heeded in possible.items() if (found := look_for(src, options))[0]]
     if len(official) > 1:
         raise DataError(f"{src} has the official files of several data sets; give each a directory of its own")
