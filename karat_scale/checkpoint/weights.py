@@ -41,9 +41,8 @@ _SQUARES = "exp_avg_sq"
 def fit_state(saved: restore.SavedState, model: nn.Module) -> restore.SavedState:
     """Return `saved` for the image size of `model`, unchanged if it is the same.
 
-    Everything is interpolated as `karat_scale.models.init_from` does it with weights. Second moments are interpolated
-    by their square roots, so that they stay positive, and the ratio of the moments, which is the size of an update, is
-    interpolated with them.
+    `karat_scale.models.init_from` interpolates everything, weights and moments of gradients. Second moments are
+    interpolated by their square roots, so that they stay positive.
 
     Args:
         model: a whole model of the wanted size. Its values are changed, so it must not be used otherwise.
@@ -59,7 +58,7 @@ def fit_state(saved: restore.SavedState, model: nn.Module) -> restore.SavedState
     )
     for key, pieces in saved.elementwise.items():
         power = 0.5 if key == _SQUARES else 1.0
-        fitted.elementwise[key] = _fit(pieces, saved, model, power)
+        fitted.elementwise[key] = _fit(pieces, saved, model, power, gradients=True)
     if saved.ema is not None:
         fitted.ema = _fit(saved.ema, saved, model)
     fitted.masters = _fit(saved.masters, saved, model)
@@ -67,7 +66,9 @@ def fit_state(saved: restore.SavedState, model: nn.Module) -> restore.SavedState
     return fitted
 
 
-def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: float = 1.0) -> Pieces:
+def _fit(
+    pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: float = 1.0, gradients: bool = False
+) -> Pieces:
     """Return values by parameter name for the model's size; each is raised to `power` while it is interpolated."""
     values = {}
     for name, shape in saved.shapes.items():
@@ -79,7 +80,7 @@ def _fit(pieces: Pieces, saved: restore.SavedState, model: nn.Module, power: flo
     for name, buffer in saved.buffers.items():
         if name in own:
             values[name] = buffer.float() if buffer.is_floating_point() else buffer
-    take_weights(model, values, new_head=False)
+    take_weights(model, values, new_head=False, gradients=gradients)
     fitted = Pieces()
     for name, parameter in model.named_parameters():
         if name in pieces:  # an optimizer has no states of frozen parameters, or other ones for some

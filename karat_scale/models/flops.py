@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from karat_scale.attention.operator import AttentionHeads
+from karat_scale.foundation.errors import RecipeError, one_line
 from karat_scale.models.factory import create_model
 from karat_scale.models.layers import freeze
 from karat_scale.models.transfer import TransferredAttention
@@ -37,7 +38,7 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequ
     frozen: the patterns of `train.freeze`.
 
     Raises:
-        RecipeError: the model cannot be built, or a pattern matches nothing.
+        RecipeError: the model cannot be built, a pattern matches nothing, or a class of the user's needs values.
     """
     with torch.device("meta"):
         network = create_model(model, attention)
@@ -46,7 +47,15 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequ
         image = torch.empty(1, 3, model.image_size, model.image_size)
         # SDPA's fused backward passes would count the scores twice, since they compute them again.
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            logits = network(image)
+            try:
+                logits = network(image)
+            except (NotImplementedError, RuntimeError) as error:
+                if all(section.row for section in attention.sections):
+                    raise
+                raise RecipeError(
+                    f"attention.kind: a forward of your class cannot be counted without values ({one_line(error)}); "
+                    "define flops(self, tokens, width, masked=False)"
+                ) from error
             forward = counter.get_total_flops()
             logits.sum().backward()
     learned = sum(operator.flops for operator in passed)

@@ -80,7 +80,12 @@ def tokens_of(operator: AttentionHeads, tensors: Mapping[str, Tensor]) -> int:
 
 
 def resize_operator(
-    operator: AttentionHeads, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid, places: Places
+    operator: AttentionHeads,
+    tensors: Mapping[str, Tensor],
+    old: TokenGrid,
+    new: TokenGrid,
+    places: Places,
+    gradients: bool = False,
 ) -> dict[str, Tensor]:
     """Convert an operator's tensors by name to another grid. For the same grid, the tensors are returned unchanged.
 
@@ -89,6 +94,8 @@ def resize_operator(
         tensors: the parameters and buffers to convert, by name.
         old, new: the grid of the tensors, and the grid to convert to.
         places: the places of the new grid's tokens in the old one.
+        gradients: the tensors are moments of gradients. A sum over N tokens keeps its size where values become smaller
+            as N grows; each gradient also keeps its size, and is not scaled.
 
     Raises ValueError if the tensors are of another operator, or the basis does not say what multiplies phi.
     """
@@ -96,12 +103,12 @@ def resize_operator(
     if old == new and list(places) == list(range(new.prefix)):
         return dict(tensors)
     if isinstance(operator, SmoothOperator):
-        return _resize_modes(operator, tensors, old, new, places)
+        return _resize_modes(operator, tensors, old, new, 1.0 if gradients else old.patches / new.patches, places)
     resized = dict(tensors)
     for name, axes in _token_axes(operator).items():
         tensor = tensors[name]
         for axis in axes:
-            scale = old.patches / new.patches if _is_summed(operator, name, axis) else 1.0
+            scale = old.patches / new.patches if _is_summed(operator, name, axis) and not gradients else 1.0
             tensor = resize_tokens(tensor, axis, old, new, scale, places)
         resized[name] = _with_new_tokens(getattr(operator, name), tensor, axes, places)
     return resized
@@ -132,10 +139,15 @@ def _is_summed(operator: AttentionHeads, name: str, axis: int) -> bool:
 
 
 def _resize_modes(
-    operator: SmoothOperator, tensors: Mapping[str, Tensor], old: TokenGrid, new: TokenGrid, places: Places
+    operator: SmoothOperator,
+    tensors: Mapping[str, Tensor],
+    old: TokenGrid,
+    new: TokenGrid,
+    scale: float,
+    places: Places,
 ) -> dict[str, Tensor]:
-    """The coefficients that are nearest to the resampled functions; 0 at a token that has no place in the old grid."""
-    resampled = resize_tokens(tensors["modes"].double(), 0, old, new, old.patches / new.patches, places)
+    """The coefficients nearest to the resampled, scaled functions; 0 at a token that has no place in the old grid."""
+    resampled = resize_tokens(tensors["modes"].double(), 0, old, new, scale, places)
     change = mode_columns(new.tokens, operator.num_modes).mT @ resampled
     fitted = {
         name: torch.tensordot(change, tensors[name].double(), ([1], [axis])).movedim(0, axis).to(tensors[name].dtype)
@@ -210,7 +222,7 @@ def spread_operator(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 
 
 def operators_for(
-    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str]
+    model: nn.Module, weights: Mapping[str, Tensor], there: Sequence[str], gradients: bool = False
 ) -> tuple[dict[str, Tensor], list[TokenGrid]]:
     """Return the operators' tensors for a model's grids and prefix tokens, and the other grids that they came from.
 
@@ -218,6 +230,7 @@ def operators_for(
         model: the model, whose operators give initial values to prefix tokens that the weights lack.
         weights: a state dict with operators.
         there: the prefix tokens of the weights, as `prefix_tokens` names them.
+        gradients: as in `resize_operator`.
 
     Raises:
         RecipeError: the operators are of other layers or of another kind.
@@ -242,7 +255,7 @@ def operators_for(
         try:
             new = square_grid(operator.num_tokens, len(here))
             old = square_grid(tokens_of(operator, tensors), len(there))
-            tensors = resize_operator(operator, tensors, old, new, places)
+            tensors = resize_operator(operator, tensors, old, new, places, gradients)
         except ValueError as error:
             raise OtherModelError(
                 f"{prefix.removesuffix('.')}: {error}; use the model and attention sections it was trained with"
@@ -322,7 +335,11 @@ _POSITIONS = "pos_embed"
 
 @torch.no_grad()
 def take_weights(
-    model: nn.Module, weights: Mapping[str, Tensor], new_head: bool = True, attention: AttentionConfig | None = None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    new_head: bool = True,
+    attention: AttentionConfig | None = None,
+    gradients: bool = False,
 ) -> str:
     """Copy weights into a model, in place, adapted to its image size and classes.
 
@@ -337,6 +354,7 @@ def take_weights(
         new_head: True if the classes may differ, and computed positions may replace learned ones; else the
             weights are of this model at another image size.
         attention: the attention that the weights were trained with; None, or softmax, if that is not known.
+        gradients: as in `resize_operator`.
 
     Returns:
         A log line: what was interpolated, and what keeps its values.
@@ -365,7 +383,7 @@ def take_weights(
         if any(OPERATOR in name for name in weights):
             if attention is None or not attention.learns or attention.mode == "universal":
                 weights = spread_operator(model, weights)
-            operators, grids = operators_for(model, weights, there)
+            operators, grids = operators_for(model, weights, there, gradients)
             notes += [f"interpolated from {grid.height} x {grid.width} patches" for grid in grids]
             weights = {**weights, **operators}
         else:

@@ -23,6 +23,7 @@ from karat_scale.foundation.errors import RecipeError
 from karat_scale.foundation.tables import ATTENTIONS, load, load_class
 from karat_scale.models.layers import BIASED, LayerSize, attention_layers, cannot_be_built, refuse_dropout
 from karat_scale.recipe import AttentionConfig, ModelConfig
+from karat_scale.recipe.attention import OF_EACH_CLASS
 
 
 def operators(model: nn.Module) -> list[KaratOperator | None]:
@@ -158,9 +159,15 @@ def _maker_of_kind(attention: AttentionConfig) -> _Maker:
     taken = inspect.signature(built).parameters
     if of_user:
         try:
-            attention.refuse_keys([*taken, "softmax_heads", "residual"])
+            attention.refuse_keys([*taken, *OF_EACH_CLASS])
         except ValueError as error:
             raise ValueError(str(error).removeprefix("attention.")) from None
+        inputs = ["query", "key", "value", "bias", "mask", *(["x"] if built.sees_input else [])]
+        try:
+            inspect.signature(built.forward).bind(None, *inputs[:3], **dict.fromkeys(inputs[3:]))
+        except TypeError as error:
+            told = f"its forward must take {', '.join(inputs)} by these names, and here: {error}"
+            raise ValueError(f"kind = {kind!r}: {told}") from error
 
     def make(num_tokens: int, num_heads: int, width: int, embed_dim: int) -> AttentionHeads:
         sizes = {"num_tokens": num_tokens, "num_heads": num_heads, "width": width, "embed_dim": embed_dim}

@@ -18,6 +18,8 @@ VARIANTS = ("content", "smooth")
 _OF_ALL = ("mode", "implementation", "transfer_from", "transfer_heads", "blocks")
 # Keys that name another model: a kind refuses those that it does not take.
 _NAMING = ("scores", "residual", "softmax_heads", "form", "basis", "simplex", "gains", "bound")
+# Those that work with each class of the user's. It takes others by naming them in its constructor.
+OF_EACH_CLASS = ("softmax_heads", "residual")
 
 
 class AttentionConfig(Section):
@@ -122,7 +124,7 @@ class AttentionConfig(Section):
         taken = self.model_dump(exclude={"blocks"})
         if "kind" in own:
             row = ATTENTIONS.get(own["kind"]) if isinstance(own["kind"], str) else None
-            kept = row.keys if row else ()
+            kept = row.keys if row else OF_EACH_CLASS
             taken = {key: value for key, value in taken.items() if key in kept or key not in _NAMING}
             if _has_no_kernel(row, kept, self.implementation):  # it is for the other blocks
                 del taken["implementation"]

@@ -55,6 +55,18 @@ class Tempered(Linearised):
         super().__init__(num_tokens, num_heads, 1, 1, 1)
         self.temperature = nn.Parameter(torch.ones(()))
 
+class Blind(Linearised):
+    def forward(self, query, key, value):
+        return value
+
+class Choosy(Linearised):
+    def forward(self, query, key, value, bias=None, mask=None):
+        return value if query.max() > 0 else -value
+
+class Counted(Choosy):
+    def flops(self, tokens, width, masked=False):
+        return 7
+
 class Not:
     pass
 """
@@ -107,6 +119,12 @@ def test_what_pytorch_runs_is_counted(mine):
     assert 2.5 * ours.forward < ours.training < 3 * ours.forward
 
 
+def test_in_a_range_of_blocks_it_keeps_what_works_with_each_class(mine):
+    own = {"1": {"kind": f"{mine}:Linearised"}}
+    section = AttentionConfig(kind="karat", form="smooth", softmax_heads=1, blocks=own).of_block(1)
+    assert (section.softmax_heads, section.form) == (1, "modular")
+
+
 def test_it_changes_its_image_size(mine):
     source, target = build(f"{mine}:Linearised"), build(f"{mine}:Linearised", MODEL.changed(image_size=24))
     assert take_weights(target, source.state_dict()) == "interpolated from 4 x 4 patches"
@@ -124,11 +142,15 @@ def test_what_is_no_attention_is_one_line_and_a_foreign_one_needs_trust(mine, mo
             {},
             f"attention.kind = '{mine}:Tempered': the first axis of its parameter temperature .. must be the",
         ),
+        ("Blind", {}, f"attention.kind = '{mine}:Blind': its forward must take query, key, value, bias, mask by these"),
         ("Linearised", {"form": "content"}, "attention.form = content has no effect with attention.kind = "),
         ("Linearised", {"implementation": "cpu"}, "attention.implementation = cpu does not support attention.kind="),
     ):
         with pytest.raises(RecipeError, match=f"^{message}"):
             build(f"{mine}:{name}", **settings)
+    with pytest.raises(RecipeError, match=r"cannot be counted without values .*; define flops.self, tokens, width"):
+        flops_per_image(MODEL, AttentionConfig(kind=f"{mine}:Choosy"))
+    assert flops_per_image(MODEL, AttentionConfig(kind=f"{mine}:Counted")).forward > 0
     message = f"attention.kind = '{mine}:Narrow': its forward returned [1, 2, 1, 16], not [B, h, N, d] = [1, 2, 17, 16]"
     with pytest.raises(RecipeError, match=f"^{re.escape(message)}$"):
         build(f"{mine}:Narrow")(torch.zeros(1, 3, 16, 16))

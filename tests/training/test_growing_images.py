@@ -3,15 +3,18 @@
 import json
 import shutil
 import signal
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from karat_scale.checkpoint.restore import read_state
 from karat_scale.checkpoint.store import CheckpointStore
 from karat_scale.checkpoint.weights import fit_state
+from karat_scale.engine.shards import Fragment
 from karat_scale.foundation.files import file_sha256
 from karat_scale.models import create_model
 from karat_scale.recipe.loading import load_recipe
@@ -199,6 +202,36 @@ def test_moments_and_averages_are_carried(whole) -> None:
         old.copy_into(same, before.view(-1))
         new.copy_into(same, after.view(-1))
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("form", ["modular", "smooth"])
+def test_moments_follow_the_gradients_when_the_images_grow(command, whole, tmp_path, form) -> None:
+    """Scaling them like the weights, by the ratio of patches, made the next updates more than twice too large."""
+    run = tmp_path / "run"
+    assert karat_here(*command(run, *ALL, f"attention.form={form}", "attention.modes=4", "train.max_steps=8")) == 0
+    small = load_recipe(run / "recipe.yaml").changed(model__image_size=8)
+    large = small.changed(model__image_size=16)
+    checkpoint = run / "checkpoints" / "step-00000008"
+    saved = read_state(checkpoint, json.loads((checkpoint / "state.json").read_text()))
+    models = [create_model(recipe.model, recipe.attention) for recipe in (small, large)]
+    states = [fit_state(saved, create_model(recipe.model, recipe.attention)) for recipe in (small, large)]
+    torch.manual_seed(0)
+    images = torch.rand(64, 3, 4, 4)  # the same patterns at both sizes
+    seen = []
+    for model, state in zip(models, states, strict=True):
+        for name, parameter in model.named_parameters():
+            state.masters.fill([Fragment.whole(name, parameter)], parameter.data)
+        pixels = functional.interpolate(images, model.patch_embed.img_size, mode="bicubic")
+        functional.cross_entropy(model(pixels), torch.arange(64) % 4).backward()
+        for name, parameter in model.named_parameters():
+            if ".operator." in name:
+                assert parameter.grad is not None
+                squares = torch.empty(parameter.shape)
+                state.elementwise["exp_avg_sq"].copy_into(name, squares.view(-1))
+                seen.append(float(parameter.grad.square().mean() / squares.mean()) ** 0.5)
+    half = len(seen) // 2
+    before, after = (statistics.geometric_mean(part) for part in (seen[:half], seen[half:]))
+    assert 0.6 < after / before < 1.6
 
 
 def test_a_checkpoint_of_a_smaller_size_is_read_at_the_last_size(whole, tmp_path) -> None:

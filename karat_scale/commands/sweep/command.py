@@ -34,7 +34,7 @@ from karat_scale.foundation.console import few, plural, print_table, printable, 
 from karat_scale.foundation.errors import EXIT_STOPPED, RecipeError, UserError, on_one_line
 from karat_scale.foundation.files import json_sha256, open_to_read, parse_json, run_around
 from karat_scale.foundation.machine import LAUNCHED, STOP_SIGNALS, stop_signals
-from karat_scale.recipe import Recipe, RunRecipe
+from karat_scale.recipe import AttentionConfig, Recipe, RunRecipe
 from karat_scale.recipe.files import COMMANDS, parse, read_recipe, shipped_recipes
 from karat_scale.recipe.loading import differing_keys, flatten, load_recipe, text_digest
 from karat_scale.training.tasks.detection.recipe import DetectionRecipe
@@ -140,8 +140,8 @@ def _plain(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-.") or "none"
 
 
-# Keys that may have an effect with attention.kind=softmax: a teacher's matrices need an implementation.
-_OF_SOFTMAX = {"kind", "implementation", "transfer_from", "transfer_heads"}
+# Keys that may have an effect with any attention.kind; with softmax, a teacher's matrices need an implementation.
+_OF_EACH_KIND = {"kind", "implementation", "transfer_from", "transfer_heads"}
 
 
 class State(Enum):
@@ -244,34 +244,43 @@ def _is_plain(text: str) -> bool:
 
 
 def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
-    """Raise UserError for a key of KArAt that varies where all runs have softmax: their models would be the same."""
-    if any(run.recipe.attention.learns for run in runs):
-        return
+    """Raise UserError for a key of attention that varies but has no effect in any run."""
+    kinds = " or ".join(dict.fromkeys(run.recipe.attention.kind for run in runs))
     for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
-        if key.startswith("attention.") and key.removeprefix("attention.") not in _OF_SOFTMAX:
+        if all(key in _idle_keys(run.recipe.attention) for run in runs):
             raise UserError(
-                f"{key} has no effect with attention.kind = softmax, which all runs have; set attention.kind=karat"
+                f"{key} has no effect with attention.kind = {kinds}, which all runs have; set attention.kind=karat"
             )
 
 
+def _idle_keys(attention: AttentionConfig) -> set[str]:
+    """Return keys of the section that have no effect with its kind. Each key may have one with KArAt."""
+    row = attention.row
+    if not attention.learns:
+        taken: Collection[str] = _OF_EACH_KIND
+    elif attention.blocks or row is None or attention.kind in ("softmax", "karat"):
+        return set()
+    else:
+        taken = {*row.keys, *_OF_EACH_KIND, "mode", "blocks"}
+    return {f"attention.{key}" for key in AttentionConfig.model_fields if key not in taken}
+
+
 def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
-    """Return the runs without those of softmax that differ from an earlier one only in keys of KArAt; prints a note.
+    """Return the runs without those that differ from an earlier one only in keys that have no effect; prints a note.
 
     Raises UserError for two points whose values are written differently, but are the same.
     """
     first: dict[str, PlannedRun] = {}
     twins = []
     for run in runs:
-        attention = run.recipe.attention
-        idle = () if attention.learns else [f"attention.{key}" for key in attention.model_dump(exclude=_OF_SOFTMAX)]
-        if (one := first.setdefault(_digest(run.recipe, idle), run)) is run:
+        if (one := first.setdefault(_digest(run.recipe, _idle_keys(run.recipe.attention)), run)) is run:
             continue
         if _digest(one.recipe) == _digest(run.recipe):
             written = " and ".join(" ".join(each.point.settings) for each in (one, run))
             raise UserError(f"{written} are the same recipe; leave one out")
         twins.append(f"{run.point.name} is the same as {one.point.name}")
     if twins:
-        left = f"{plural(len(twins), 'run')} left out, as no key of KArAt has an effect with attention.kind = softmax"
+        left = f"{plural(len(twins), 'run')} left out, as a key has no effect with their attention.kind"
         print(f"note: {left}: {few(twins, most=1)}", file=sys.stderr)
     return tuple(first.values())
 

@@ -183,9 +183,13 @@ def test_a_model_of_softmax_is_trained_once_for_all_values_of_a_key_of_karat(rec
     ]
     (note,) = capsys.readouterr().err.splitlines()
     assert note == (
-        "note: 2 runs left out, as no key of KArAt has an effect with attention.kind = softmax: "
+        "note: 2 runs left out, as a key has no effect with their attention.kind: "
         "grid-2_kind-softmax_seed-0 is the same as grid-1_kind-softmax_seed-0, ..."
     )
+    others = ("attention.kind=sigmoid,query_only,centred", "attention.base=zero,silu", "attention.grid=2,3")
+    assert [len(planned(recipe, *others[:1], key)) for key in others[1:]] == [4, 5]
+    with pytest.raises(UserError, match=r"^attention.base has no effect with attention.kind = static or sigmoid, "):
+        planned(recipe, "attention.kind=static,sigmoid", "attention.base=zero,silu")
     blocks = "attention.blocks={0: {kind: karat}}"
     assert len(planned(recipe, "attention.kind=softmax", blocks, "attention.grid=1,2")) == 2
 
