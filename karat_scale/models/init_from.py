@@ -351,8 +351,7 @@ def take_weights(
     Args:
         model: a freshly initialised model, not partitioned.
         weights: a state dict of timm's or ours, by parameter name.
-        new_head: True if the classes may differ, and computed positions may replace learned ones; else the
-            weights are of this model at another image size.
+        new_head: True if the classes may differ; else the weights are of this model at another image size.
         attention: the attention that the weights were trained with; None, or softmax, if that is not known.
         gradients: as in `resize_operator`.
 
@@ -367,18 +366,16 @@ def take_weights(
     _check_axes(weights, own)
     _check_values(weights, own)
     there = prefix_tokens(weights)
-    positions = getattr(model, _POSITIONS, None)
-    is_fixed = isinstance(positions, nn.Parameter) and not positions.requires_grad
-    keeps_positions = new_head and is_fixed and not (_POSITIONS in weights and is_sincos_2d(weights[_POSITIONS]))
     weights, notes = fit_prefix(model, weights)
     if _PATCHES in weights and _PATCHES in own:
         sides, ours = (" x ".join(map(str, state[_PATCHES].shape[2:])) for state in (weights, own))
         notes += [f"the patch embedding is resampled from {sides} pixels"] if sides and sides != ours else []
     weights = _fit(model, weights)
     _check_depth(weights, own)
-    if keeps_positions:
-        weights = {**weights, _POSITIONS: own[_POSITIONS]}
-        notes.append("its position embedding is left out, since the model's is fixed (model.pos_embed)")
+    positions = getattr(model, _POSITIONS, None)
+    is_fixed = isinstance(positions, nn.Parameter) and not positions.requires_grad
+    if new_head and is_fixed and _POSITIONS in weights and not is_sincos_2d(weights[_POSITIONS]):
+        notes.append("its position embedding is not the computed one, and stays as it is (model.pos_embed)")
     if any(OPERATOR in name for name in own):
         if any(OPERATOR in name for name in weights):
             if attention is None or not attention.learns or attention.mode == "universal":

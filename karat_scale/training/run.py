@@ -278,6 +278,13 @@ def how_to_extend(trainer: Trainer) -> str:
 def doubts(trainer: Trainer) -> Iterator[str]:
     """Yield a line for each setting that is allowed, but that hardly anybody means."""
     schedule, train = trainer.schedule, trainer.recipe.train
+    if (sizes := getattr(trainer.recipe.schedule, "image_sizes", ())) and train.max_steps is not None:
+        begin = sizes[-1][0] * trainer.plan.steps_per_epoch
+        if train.max_steps <= begin:
+            yield (
+                f"train.max_steps = {train.max_steps} ends training before the images have {sizes[-1][1]} px, from "
+                f"step {begin} on (schedule.image_sizes)"
+            )
     if isinstance(schedule, CosineSchedule) and schedule.min_lr > schedule.peak_lr:
         yield (
             f"schedule.min_lr = {schedule.min_lr:g} is above the peak learning rate, {schedule.peak_lr:.3g}, so the "

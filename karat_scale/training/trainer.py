@@ -79,6 +79,8 @@ class Trainer:
             self._early = step, end, task.train_batches(plan.slices(step, end), waiting)
         backbone = starting_model(task, directory, self.signals)
         model = task.build_model(backbone)
+        if chosen := describe_implementation(model, world.device):  # a detector has softmax in some blocks instead
+            reporter.info(chosen)
         if recipe.train.freeze:
             reporter.info(freeze(model, recipe.train.freeze))
         torch.manual_seed(recipe.run.seed + 1 + world.rank)  # but other random numbers on each rank in training
@@ -485,8 +487,6 @@ def starting_model(task: Task, directory: RunDirectory, signals: StopSignals) ->
     torch.manual_seed(recipe.run.seed)  # the same initial weights on every rank and at every world size
     backbone = task.build_backbone(directory)
     check_implementation(backbone, world.device)
-    if chosen := describe_implementation(backbone, world.device):
-        reporter.info(chosen)
     if recipe.init_from and not has_checkpoints(directory, world):
         reporter.info(initialise(backbone, recipe, world, task.take_weights))
         task.convert(backbone, directory, signals)

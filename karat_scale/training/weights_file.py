@@ -278,7 +278,7 @@ def heads_of_layers(model: nn.Module) -> tuple[int, ...]:
 
 
 def read_weights(source: str) -> SourceWeights:
-    """Return the weights of a source, the averaged ones if there are any.
+    """Return the weights of a source; of a run, those that it evaluates, averaged or raw.
 
     Args:
         source: a run's directory (its best checkpoint), a checkpoint in one, a .safetensors file or a folder of `karat
@@ -298,7 +298,7 @@ def read_weights(source: str) -> SourceWeights:
     run = OpenRun.at(path, Recipe, checkpoint=checkpoint)
     recipe = run.recipe
     trained = create_model(recipe.model, recipe.attention)
-    run.load(trained, weights="ema" if run.saved["has_ema"] else "raw")
+    run.load(trained)
     normalised = recipe.augment.mean, recipe.augment.std
     return SourceWeights(trained.state_dict(), Origin(recipe.model, recipe.attention), normalised)
 

@@ -254,16 +254,17 @@ def test_a_damaged_tensor_is_named(name: str, damaged: torch.Tensor, message: st
 
 
 @pytest.mark.parametrize("image_size", [16, 24])
-def test_positions_that_are_computed_stay(image_size: int) -> None:
-    fixed = {"pos_embed": "sincos2d"}
-    learned, target = model(0), model(1, image_size=image_size, sizes=fixed)
-    start = target.pos_embed.clone()
-    assert "position embedding is left out, since the model's is fixed" in take_weights(target, learned.state_dict())
-    assert torch.equal(target.pos_embed, start)
-    assert torch.equal(target.blocks[0].mlp.fc1.weight, learned.blocks[0].mlp.fc1.weight)
-    source = model(0, sizes=fixed)  # its positions are computed, too, so they are interpolated
-    assert "left out" not in take_weights(target, source.state_dict())
-    assert torch.equal(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [image_size // 4] * 2))
+def test_a_fixed_position_embedding_is_the_one_that_the_weights_had(image_size: int) -> None:
+    """Before the fix, the computed one replaced the one of a run whose images had grown, which resamples it."""
+    fixed, said = {"pos_embed": "sincos2d"}, "its position embedding is not the computed one, and stays as it is"
+    target = model(1, image_size=image_size, sizes=fixed)
+    for source, notes in ((model(0), 1), (model(0, sizes=fixed), image_size != 16)):
+        assert take_weights(target, source.state_dict()).count(said) == notes
+        assert torch.equal(target.pos_embed, resample_abs_pos_embed(source.pos_embed, [image_size // 4] * 2))
+        assert not target.pos_embed.requires_grad
+        grown = model(2, image_size=image_size, sizes=fixed)
+        take_weights(grown, target.state_dict())
+        assert torch.equal(grown.pos_embed, target.pos_embed)
 
 
 def test_a_resampled_patch_embedding_is_told() -> None:

@@ -44,6 +44,15 @@ def test_what_they_advise_ends_them(small_recipe, world, fixes: tuple[str, ...],
     trainer.task.close()
 
 
+@pytest.mark.parametrize(("steps", "left"), [(8, True), (9, False)])
+def test_an_end_before_the_last_image_size_is_said(small_recipe, world, steps: int, left: bool) -> None:
+    grows = ("schedule.image_sizes=[[0, 8], [2, 16]]", "train.epochs=3", f"train.max_steps={steps}")
+    trainer = make_trainer(small_recipe("data.workers=0", "schedule.min_lr=0", *grows), world)
+    said = "train.max_steps = 8 ends training before the images have 16 px, from step 8 on (schedule.image_sizes)"
+    assert list(doubts(trainer)) == ([said] if left else [])
+    trainer.task.close()
+
+
 def test_a_model_without_batch_norm_may_be_averaged(small_recipe, world) -> None:
     trainer = make_trainer(small_recipe("data.workers=0", "schedule.min_lr=0"), world)
     assert list(doubts(trainer)) == []

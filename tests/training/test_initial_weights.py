@@ -21,7 +21,7 @@ from karat_scale.foundation.errors import RecipeError, UserError
 from karat_scale.models import create_model
 from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
-from karat_scale.training.run_directory import RunDirectory
+from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
 from karat_scale.training.weights_file import exported_sections, initialise, read_weights, run_behind, write_model
 from paper.record import take_record
@@ -58,6 +58,19 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_weights(run, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     assert equal_weights(weights, read_weights("~/out.pth").tensors)
     assert read_weights("~/out.pth").origin is None
+
+
+def test_a_run_gives_the_weights_that_it_evaluates(small_recipe, world) -> None:
+    recipe = small_recipe("data.workers=0", "train.epochs=1", "train.ema_decay=0.9")
+    train_to_the_end(recipe, world)
+    found = {}
+    for kind in ("ema", "raw"):
+        RunDirectory(recipe.run.dir).begin(recipe.changed(train__eval_weights=kind))
+        found[kind] = read_weights(recipe.run.dir).tensors
+        model = create_model(recipe.model, recipe.attention)
+        OpenRun.at(recipe.run.dir, Recipe, weights=kind).load(model)
+        assert equal_weights(found[kind], model.state_dict())
+    assert not equal_weights(found["ema"], found["raw"])
 
 
 def test_a_folder_of_a_universal_model_gives_every_block_its_operator(small_recipe, world, tmp_path) -> None:
