@@ -475,7 +475,7 @@ def differences(there: tuple[ModelConfig, AttentionConfig], here: tuple[ModelCon
     """Return the differences in how the same parameters are used: `attention.base = silu in the weights, zero here`."""
     pairs: list[tuple[str, Any, Any]] = [("model.name", there[0].name, here[0].name)]
     rows = there[1].row, here[1].row
-    if there[1].kind != here[1].kind and any(row is not None and row.by_rows for row in rows):  # without parameters
+    if there[1].kind != here[1].kind and any(row is None or row.by_rows for row in rows):  # without parameters
         pairs += [("attention.kind", there[1].kind, here[1].kind)]
     if all(row is not None and row.by_rows for row in rows):
         pairs += [("attention.softmax_heads", there[1].softmax_heads, here[1].softmax_heads)]

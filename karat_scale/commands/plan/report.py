@@ -163,12 +163,16 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.2f}" if size >= 1e7 else "< 0.01"
 
 
+def _gigas(count: float) -> str:
+    return f"{count / 1e9:.2f}" if count >= 1e9 else f"{count / 1e9:.2g}"
+
+
 def show_side_by_side(plans: Sequence[Plan]) -> None:
     """Print a table with a column for each plan. The numbers in brackets are ratios to the first plan."""
     figures: list[tuple[str, Callable[[Plan], float | None], Callable[[float], str]]] = [
         ("parameters", lambda plan: plan.parameters, lambda count: f"{count:,.0f}"),
-        ("GFLOPs of an image, forward", lambda plan: plan.flops.forward / 1e9, lambda count: f"{count:.2f}"),
-        ("GFLOPs of an image, training", lambda plan: plan.flops.training / 1e9, lambda count: f"{count:.2f}"),
+        ("GFLOPs of an image, forward", lambda plan: plan.flops.forward, _gigas),
+        ("GFLOPs of an image, training", lambda plan: plan.flops.training, _gigas),
         ("memory of a rank", lambda plan: plan.choice.needed, gigabytes),
         ("time of a step", lambda plan: plan.step, duration),
         ("time of all steps", lambda plan: plan.training, duration),
@@ -187,7 +191,10 @@ def show_side_by_side(plans: Sequence[Plan]) -> None:
         rows.append([name, *cells])
     print_table("plans side by side", ["", *(plan.recipe.run.name for plan in plans)], rows)
     for plan in plans:
-        print(f"time of {plan.recipe.run.name}: {plan.time.source if plan.time else _TIME_UNKNOWN}")
+        print(f"{plan.recipe.run.name}: {line(plan.choice, plan.recipe)}")
+        print(f"  time: {plan.time.source if plan.time else _TIME_UNKNOWN}")
+        if plan.not_measured:
+            print(plan.not_measured)
 
 
 def line(choice: Choice, recipe: Recipe) -> str:

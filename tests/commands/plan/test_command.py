@@ -52,6 +52,7 @@ def test_two_recipes_are_shown_side_by_side(tmp_path: Path, capsys: Capture) -> 
     (row,) = [row for row in printed.splitlines() if "memory of a rank" in row]
     assert gigabytes(ours["choice"]["needed"]) in row
     assert "time of a step" in printed
+    assert printed.count(": recommended: deepspeed.config=zero0 train.micro_batch=") == 2
     assert plan("imagenet_vit_tiny", "--curve", "--gpu", "h100-80") == 2
     assert "--curve takes one recipe" in capsys.readouterr().err
     assert plan("imagenet_vit_tiny", "--step-time", "0.1", "--memory", "40") == 2
