@@ -30,7 +30,7 @@ from karat_scale.checkpoint.tensor_storage import read_metadata, save_safetensor
 from karat_scale.checkpoint.weights import describe_weights
 from karat_scale.engine.distributed import World
 from karat_scale.foundation.errors import OtherModelError, RecipeError, RunDirectoryError, UserError, nearest, one_line
-from karat_scale.foundation.files import open_regular, open_to_read, parse_json
+from karat_scale.foundation.files import open_regular, open_to_read, parse_json, read_text
 from karat_scale.foundation.tables import require_trust
 from karat_scale.models import create_model
 from karat_scale.models.init_from import check_heads, differences, spread_operator, take_weights
@@ -328,8 +328,13 @@ def _weights_of_file(path: Path) -> SourceWeights:
     origin = None
     with suppress(ValueError):  # of another version; the weights tell what they are
         origin = Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
-    augment: Any = facts.recipe and facts.recipe.augment
-    return SourceWeights(weights, origin, (tuple(augment.mean), tuple(augment.std)) if augment else None)
+    about: Any = facts.recipe and facts.recipe.augment
+    if about is None and path.name == "model.safetensors":
+        with suppress(
+            OSError, ValueError, KeyError, TypeError
+        ):  # timm writes a config beside it, other programs may not
+            about = _Augment.model_validate(parse_json(read_text(path.with_name("config.json")))["pretrained_cfg"])
+    return SourceWeights(weights, origin, (tuple(about.mean), tuple(about.std)) if about else None)
 
 
 def _check_kind(path: Path) -> None:

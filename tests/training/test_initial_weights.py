@@ -23,7 +23,14 @@ from karat_scale.recipe import Recipe
 from karat_scale.recipe.loading import load_recipe
 from karat_scale.training.run_directory import OpenRun, RunDirectory
 from karat_scale.training.tasks.classification.distillation_teacher import read_distillation_teacher
-from karat_scale.training.weights_file import exported_sections, initialise, read_weights, run_behind, write_model
+from karat_scale.training.weights_file import (
+    exported_sections,
+    initialise,
+    read_facts,
+    read_weights,
+    run_behind,
+    write_model,
+)
 from paper.record import take_record
 from tests.conftest import SMALL, events, karat, karat_done, karat_here, karat_refuses, summary
 from tests.training.test_save_points import train_to_the_end
@@ -114,6 +121,23 @@ def test_images_normalised_in_another_way_are_told(run, world) -> None:
     assert line.endswith(
         "the weights were trained with augment.mean = [0.485, 0.456, 0.406], not [0.5, 0.5, 0.5]; set the same"
     )
+
+
+def test_a_folder_of_timm_says_how_its_images_are_normalised(small_recipe, world, tmp_path) -> None:
+    """A teacher from such a folder saw images that were normalised as for the student."""
+    recipe = small_recipe("data.workers=0", "attention.kind=softmax", "train.epochs=1")
+    theirs = create_model(recipe.model, recipe.attention)
+    (tmp_path / "theirs").mkdir()
+    save_file(theirs.state_dict(), tmp_path / "theirs" / "model.safetensors", {"format": "pt"})
+    config = {"architecture": recipe.model.name, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    given = recipe.changed(init_from=str(tmp_path / "theirs"), distill__from_=str(tmp_path / "theirs"))
+    line = initialise(create_model(recipe.model, recipe.attention), given, world)
+    assert "the weights were trained with augment.mean = [0.5, 0.5, 0.5], not [0.485, 0.456, 0.406]" in line
+    train_to_the_end(given, world)
+    seen = read_facts(Path(given.run.dir) / "distill.safetensors").preprocessing
+    assert seen is not None
+    assert (seen.mean, seen.std) == ([0.5] * 3, [0.25] * 3)
 
 
 class Harmful:

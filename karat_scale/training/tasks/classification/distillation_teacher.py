@@ -174,10 +174,15 @@ def _keep_file(recipe: Recipe, path: Path, kept: Path) -> None:
     # Weights by timm's names, whose model is not known: it is taken to be the recipe's, with softmax.
     attention = AttentionConfig()
     network = create_model(recipe.model, attention)
-    take_weights(network, weights_file.read_weights(str(path)).tensors, new_head=False)
+    weights = weights_file.read_weights(str(path))
+    take_weights(network, weights.tensors, new_head=False)
+    normalised = dict(zip(("mean", "std"), weights.normalised or (), strict=False))
     sections = {"model": recipe.model, "attention": attention}
     facts = {name: json.dumps(section.model_dump(mode="json")) for name, section in sections.items()}
-    facts |= {"preprocessing": json.dumps(preprocessing(recipe)), "weights_sha256": weights_digest(network)}
+    facts |= {
+        "preprocessing": json.dumps({**preprocessing(recipe), **normalised}),
+        "weights_sha256": weights_digest(network),
+    }
     weights_file.write_model(network, kept, facts)
 
 
