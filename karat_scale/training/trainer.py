@@ -277,7 +277,7 @@ class Trainer:
         self.engine.backward(losses["loss"])
         self.reporter.beat("compiling" if self._compiles else "optimizer")
         norm = self.engine.step()
-        self._interval.add_losses({name: loss.detach() / accumulation for name, loss in losses.items()})
+        self._interval.add_losses(losses, accumulation)
         if self._spikes is not None:
             self._interval.add_to_step(losses["loss"].detach() / accumulation)
         return norm
@@ -286,7 +286,8 @@ class Trainer:
         state, world = self.state, self.world
         self.look()
         losses, steps = self._interval.take_losses()
-        sums = world.sum(torch.stack(list(losses.values()))) / (steps * world.size)
+        sums = world.sum(torch.stack([losses.pop(interval.COUNTED), *losses.values()]))
+        means = dict(zip(losses, (sums[1:] / sums[0]).tolist(), strict=True))
         self.reporter.pace(self._own_time.take() / steps)
         rate = self._fold_interval()
         with self._interval.paused():  # the first report may count FLOPs
@@ -295,7 +296,7 @@ class Trainer:
             "epoch": (state.step - 1) // self.plan.steps_per_epoch,
             "samples": state.samples,
             "total_steps": self.total_steps,
-            **dict(zip(losses, sums.tolist(), strict=True)),
+            **means,
             "lr": lr,
             "grad_norm": self.grad_norm,
             **({"loss_scale": scale} if (scale := self.engine.loss_scale) is not None else {}),

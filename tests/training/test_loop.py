@@ -86,6 +86,24 @@ def test_a_run_that_skips_for_ever_ends(small_recipe, world, capsys, log_every) 
     trainer.task.close()
 
 
+def test_a_skipped_step_does_not_count_in_the_mean_loss(small_recipe, world) -> None:
+    """Before the fix, one such step made the loss of its log interval nan."""
+    found = {}
+    for bad in (range(0), range(2, 3), range(1, 4)):
+        trainer = make_trainer(small_recipe("data.workers=0", "log.every_steps=3"), world, kind=NonfiniteTrainer)
+        trainer.bad_steps = bad
+        told: list[dict[str, float]] = []
+        trainer.reporter.train = lambda step, total, figures, told=told: told.append(figures)
+        batches = trainer.feed(3)
+        for _ in range(3):
+            trainer.step(trainer.micro_batches(batches))
+        found[len(bad)] = told[-1]["loss"]
+        trainer.task.close()
+    assert math.isnan(found[3])
+    assert math.isfinite(found[1])
+    assert 0.8 < found[1] / found[0] < 1.25
+
+
 def test_a_step_that_is_not_finite_is_found_between_log_lines(small_recipe, world, capsys) -> None:
     recipe = small_recipe("data.workers=0", "log.every_steps=1000", "train.epochs=100", "train.eval_every_epochs=100")
     trainer = make_trainer(recipe, world, kind=NonfiniteTrainer)

@@ -33,6 +33,9 @@ from karat_scale.models.flops import flops_per_image
 from karat_scale.models.operators import head_parameters
 from karat_scale.recipe import LogConfig, Recipe, TrainConfig
 
+COUNTED = "counted"
+"""The name beside the sums of losses of the number of steps, in parts, whose loss was finite."""
+
 
 class Interval:
     """Sums and a stopwatch. The device's results are added up on the device, and read when they are taken.
@@ -52,10 +55,14 @@ class Interval:
         self._since: float | None = None
         self._warm = False
 
-    def add_losses(self, losses: Mapping[str, torch.Tensor]) -> None:
-        """Add a step's (share of) losses, 0-dim, by name, without waiting for the device."""
-        for name, loss in losses.items():
-            share = loss.detach().float()
+    def add_losses(self, losses: Mapping[str, torch.Tensor], parts: int) -> None:
+        """Add one of a step's `parts` micro batches: its losses, 0-dim, by name, without waiting for the device.
+
+        If its "loss" is not finite, the step will be skipped, and it does not count.
+        """
+        counts = losses["loss"].detach().isfinite()
+        for name, loss in {COUNTED: counts, **losses}.items():
+            share = torch.where(counts, loss.detach() / parts, 0.0).float()
             self._losses[name] = self._losses[name] + share if name in self._losses else share
 
     def add_to_step(self, share: torch.Tensor) -> None:
@@ -128,12 +135,14 @@ class Interval:
     def resume_losses(self, steps: int, losses: Mapping[str, Sequence[int]], world: World) -> None:
         """Resume from the result of `losses_of_ranks`; another world size begins with the mean of the sums."""
         self._steps = steps
+        if losses and COUNTED not in losses:  # of an earlier version
+            self._losses[COUNTED] = torch.tensor(float(steps), device=self._device)
         for name, bits in losses.items():
             sums = torch.tensor(bits, dtype=torch.int32, device=self._device).view(torch.float32)
             self._losses[name] = sums[world.rank] if len(sums) == world.size else sums.mean()
 
     def take_losses(self) -> tuple[dict[str, torch.Tensor], int]:
-        """Return (summed losses by name, steps) since the last call."""
+        """Return (summed losses by name, with the steps that they are of as COUNTED; all steps) since the last call."""
         taken = self._losses, self._steps
         self._losses, self._steps = {}, 0
         return taken

@@ -68,13 +68,13 @@ def test_the_stopwatch_waits_for_the_device_and_a_step_does_not(monkeypatch) -> 
 
 def test_losses_add_up_by_name_and_start_anew_and_norms_are_kept_as_they_were() -> None:
     interval = Interval(CPU)
-    for loss in (1.0, 2.0):
-        interval.add_losses({"loss": torch.tensor(loss), "mask": torch.tensor(loss / 2)})
+    for loss in (1.0, math.nan, 2.0):
+        interval.add_losses({"loss": torch.tensor(loss), "mask": torch.tensor(loss / 2)}, 1)
         interval.finish_step()
     losses, steps = interval.take_losses()
-    assert (losses, steps) == ({"loss": 3.0, "mask": 1.5}, 2)
-    interval.add_losses({"loss": torch.tensor(5.0)})
-    assert interval.take_losses() == ({"loss": 5.0}, 0)
+    assert (losses, steps) == ({"counted": 2.0, "loss": 3.0, "mask": 1.5}, 3)
+    interval.add_losses({"loss": torch.tensor(5.0)}, 2)
+    assert interval.take_losses() == ({"counted": 0.5, "loss": 2.5}, 0)
     assert losses["loss"] == 3.0
     norm = torch.tensor(1.5)
     for value in (1.5, math.inf, 2.5):
