@@ -121,7 +121,7 @@ def test_what_is_not_there_is_said_before_torch_is_imported(tmp_path: Path) -> N
         "detect kept --eval init_from=x": "init_from=x: only training reads init_from; remove it from the evaluation",
         "eval kept --checkpoint foo": "--checkpoint foo: kept/checkpoints has no such checkpoint; name one of best, ",
         "convert kept/checkpoints/step-00000001 fashion_mnist_demo": "SOURCE kept/checkpoints/step-00000001: neither",
-        "convert kept/🍎 fashion_mnist_demo": "SOURCE kept/🍎: neither",
+        "convert kept/🍎/ fashion_mnist_demo": "SOURCE kept/🍎/: neither",
         "analyze kept --data nowhere": f"--data nowhere is not a directory in {tmp_path}; name shards, betons or a fol",
         "export kept --push owls": "--push owls: should be USER/NAME",
         "detect kept --eval": "karat detect needs pycocotools",

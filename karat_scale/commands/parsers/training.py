@@ -340,7 +340,8 @@ def _converted(options: argparse.Namespace) -> "Recipe":
 
     if "convert.images=0" in options.overrides:
         raise UserError("convert.images = 0 matches nothing; use 1 or more, or karat train RECIPE init_from=SOURCE")
-    source = json.dumps(options.source, ensure_ascii=False)  # a text in YAML, whatever it has in it
+    # A text in YAML, whatever it has in it; shells complete directories with a slash.
+    source = json.dumps(options.source.rstrip("/") or "/", ensure_ascii=False)
     if any(text.partition("=")[0].strip() == "init_from" for text in options.overrides):
         raise UserError("init_from: SOURCE sets it; remove the override")
     section = read_recipe(options.recipe)[1].get("convert")
