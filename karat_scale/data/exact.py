@@ -129,6 +129,8 @@ class ExactLoader(_Loader):
             raise RecipeError(f"num_classes = {num_classes}: expected 1 or more")
         if options.get("order") == "stream":
             raise RecipeError("order = stream: only `karat train` reads a stream; use full or block")
+        for name in {"stream", "stream_samples"} & options.keys():
+            raise RecipeError(f"{name}: only `karat train` reads a stream; remove it")
         images_only = {"image_size": image_size, "augment": augment, "dtype": dtype, "num_classes": num_classes}
         with named_as_arguments():
             spec, source = open_source(
@@ -260,7 +262,8 @@ class ExactLoader(_Loader):
         while self._taken < end:
             if self._ahead is None:
                 self._taken, self.digest = self.step * self.plan.accumulation, self._digest_of_steps
-                self._ahead = self.feed(self.plan.slices(self.step, self._steps))
+                with named_as_arguments():
+                    self._ahead = self.feed(self.plan.slices(self.step, self._steps))
             try:
                 with named_as_arguments():
                     batch = next(self._ahead)
@@ -358,7 +361,8 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Yield all of this rank's batches."""
-        batches: DeviceFeed[Any] = DeviceFeed(self._source.eval_batches(self.plan.slices()), self._device)
+        with named_as_arguments():
+            batches: DeviceFeed[Any] = DeviceFeed(self._source.eval_batches(self.plan.slices()), self._device)
         while True:
             with named_as_arguments():
                 batch = next(batches, None)

@@ -202,6 +202,7 @@ def _remote_tar(store: Store, name: str) -> Iterator[Tar]:
         raise DataError(f"{where}: no copy can be kept in {place}: {error.strerror}; set TMPDIR") from error
 
 
+APART = "samples whose members do not follow each other"
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _LARGEST_LABEL = 1 << 20
 
@@ -272,6 +273,7 @@ def read_samples(tar: Tar, rule: LabelRule, with_crc: bool = False, any_image: b
 
 def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> list[tuple[str, dict[str, Member]]]:
     """Return each sample's key and members by suffix, in the order of first members; note others as skipped."""
+    apart = set[int]()
     samples: list[tuple[str, dict[str, Member]]] = []
     latest: dict[str, dict[str, Member]] = {}
     for member in members:
@@ -290,7 +292,10 @@ def _group(members: Iterator[Member], rule: LabelRule, found: TarSamples) -> lis
                 found.notes["keys that repeat"] += sample is not None
                 sample = latest[key] = {}
                 samples.append((key, sample))
+            elif sample is not samples[-1][1]:
+                apart.add(id(sample))
             sample[suffix] = member
+    found.notes[APART] = len(apart)
     return samples
 
 
@@ -627,7 +632,10 @@ def _write_split(
     out: Path, names: Sequence[str], tars: dict[str, TarSamples], numbers: dict[str, int], made: dict[str, str]
 ) -> shard_format.SplitRecord:
     """Write the indexes of a split's tars; returns its record."""
-    split = shard_format.SplitRecord(samples=0, bytes=0, shards=[], made=dict(made))
+    apart = sum(tars[name].notes[APART] for name in names)
+    split = shard_format.SplitRecord(
+        samples=0, bytes=0, shards=[], made={**made, **({"apart": apart} if apart else {})}
+    )
     per_class = np.zeros(len(numbers), np.int64)
     for name in names:
         tar = tars[name]

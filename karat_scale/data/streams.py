@@ -34,7 +34,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from karat_scale.data.backends.images import ImageBackend
 from karat_scale.data.batch import Batch, Streamed
 from karat_scale.data.decoders import Decoder, make_decoder
-from karat_scale.data.decoders.decode import UndecodableImageError
+from karat_scale.data.decoders.decode import FORMATS, UndecodableImageError
 from karat_scale.data.indexing import IMAGES, LabelRule, NoLabelError, number_of
 from karat_scale.data.loading.assemble import MAX_REPLACEMENTS, Assembler, ImageSpec, Sample
 from karat_scale.data.loading.workers import lead_own_commands
@@ -253,6 +253,7 @@ def _end_command(command: "subprocess.Popen[bytes]") -> None:
 
 
 DOUBLED = "__doubled__"
+_SUFFIXES = {*IMAGES, *map(str.lower, FORMATS)}  # those by which `karat prepare` names images, too
 
 
 def read_tar(url: str, name: str) -> Iterator[dict[str, Any]]:
@@ -374,7 +375,7 @@ class StreamSource:
         key = members["__key__"]
         digest = blake2b(f"{shard}\0{key}".encode(errors="surrogateescape"), digest_size=8).digest()
         number = int.from_bytes(digest, "little") >> 1  # below 2^63; it tells a sample from others
-        suffix = next((suffix for suffix in members if suffix in IMAGES), "")
+        suffix = next((suffix for suffix in members if suffix in _SUFFIXES), "")
         try:
             if not members.get(suffix):
                 raise NoLabelError("the image is empty" if suffix else f"no image ({', '.join(IMAGES)})")

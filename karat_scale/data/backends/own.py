@@ -29,6 +29,7 @@ from karat_scale.data.loading.workers import OrderedResults, Whereabouts, worker
 from karat_scale.data.plan import PADDING, BatchSlice, sample_seed
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.data.shards.tars import scan_members
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import DataError, RecipeError
 
 
@@ -99,6 +100,8 @@ class OwnSamples(Backend):
         collate: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         super().__init__(spec, len(dataset), len(dataset), ())
+        if not len(dataset):
+            raise DataError("the dataset has no samples")
         if callable(getattr(dataset, "identity", None)):
             raise RecipeError("the dataset's identity is a method; make it a property")
         self._dataset = dataset
@@ -226,7 +229,12 @@ class SampleFiles:
         try:
             self._split = ShardSplit(path, split, sys.maxsize)
         except DataError as error:
-            raise DataError(re.sub(r"data\.(?:val_|train_)?(?=path|split)", "", str(error))) from None
+            text = str(error).replace(", set data.backend=folder for a folder of images,", "")
+            raise DataError(re.sub(r"data\.(?:val_|train_)?(?=path|split)", "", text)) from None
+        if apart := self._split.made.get("apart"):
+            raise DataError(
+                f"{path}: the members of {plural(apart, 'sample')} do not follow each other; make shards of them"
+            )
         self._rule = LabelRule.parse(self._split.made.get("label", "cls"))  # says what of a member's name is the key
         self._repeats: dict[int, set[int]] = {}
         """For each number of a tar, the samples that have the same key as the sample before them."""

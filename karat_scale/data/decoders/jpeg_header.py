@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, JpegImagePlugin
 
-from karat_scale.data.decoders.decode import open_image, opened, to_rgb
+from karat_scale.data.decoders.decode import UndecodableImageError, open_image, opened, to_rgb
 
 # Start of frame, Huffman-coded with 8 bits: baseline, extended sequential, progressive.
 FRAMES = (0xC0, 0xC1, 0xC2)
@@ -180,9 +180,12 @@ def upright_jpeg(data: bytes, orientation: int) -> bytes:
 
 
 def to_jpeg(image: Image.Image, quality: int, subsampling: int = -1) -> bytes:
-    """Return an image encoded by Pillow, by default with Pillow's subsampling."""
+    """Return an image encoded by Pillow, by default with Pillow's subsampling. Raises UndecodableImageError."""
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    try:
+        image.save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    except OSError as error:  # a side of more than 65,500 pixels
+        raise UndecodableImageError(f"no JPEG can hold {image.width} x {image.height} pixels") from error
     return buffer.getvalue()
 
 

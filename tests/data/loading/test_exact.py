@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from karat_scale.data import EvalLoader, ExactLoader, SampleFiles
 from karat_scale.data.backends.own import Collated
+from karat_scale.data.loading.workers import OrderedResults
 from karat_scale.data.shards.shards import LocalPlace
 from karat_scale.foundation.errors import DataError, RecipeError
 from karat_scale.recipe.loading import load_recipe
@@ -546,8 +547,8 @@ def test_samples_whose_members_stand_apart_are_read_in_each_order(names: str, tm
         batches[order] = sorted(label for _, labels in loader for label in labels.tolist())
         loader.close()
     assert batches["full"] == batches["block"] == list(range(count))
-    with pytest.raises(DataError, match=r"the members of sample . do not follow each other; make shards of them"):
-        list(map(SampleFiles(tmp_path).__getitem__, range(2)))
+    with pytest.raises(DataError, match=r"the members of \d samples? do not follow each other; make shards of them"):
+        SampleFiles(tmp_path)
 
 
 def test_a_feed_that_begins_elsewhere_ends_the_workers_of_the_one_before(make_shards: Make) -> None:
@@ -596,6 +597,23 @@ def test_tars_without_an_index_are_told_as_such(tmp_path: Path) -> None:
         of_images(tmp_path)
     with pytest.raises(DataError, match=rf"^path = \S+ {fix}"):
         SampleFiles(tmp_path)
+
+
+def test_a_folder_of_images_is_no_sample_files(tmp_path: Path) -> None:
+    (tmp_path / "train" / "ant").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"has no dataset\.json; make it with karat prepare webdataset or correct"):
+        SampleFiles(tmp_path)
+
+
+def test_workers_that_cannot_begin_are_told_in_the_loaders_words(make_shards: Make, monkeypatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RecipeError("data.prefetch = 7 is too much; lower data.prefetch or data.workers")
+
+    shards = make_shards()
+    monkeypatch.setattr(OrderedResults, "__init__", refuse)
+    for loader in (of_images(shards, workers=1), EvalLoader(shards, "train", batch=4, image_size=16, workers=1)):
+        with pytest.raises(RecipeError, match=r"^prefetch = 7 is too much; lower prefetch or workers$"):
+            next(iter(loader))
 
 
 def test_shards_that_are_not_finished_are_not_indexed(make_shards: Make) -> None:
@@ -680,6 +698,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "float16"}, "dtype = 'float16': use a floating point type of torch, such as torch.float16"),
     ({"augment": "rand-m9"}, "augment = 'rand-m9': use a dict of settings, such as {'randaugment': 'rand-m9"),
     ({"order": "stream"}, "order = stream: only `karat train`"),
+    ({"stream": "a.tar"}, "stream: only `karat train` reads a stream; remove it"),
 ]
 REFUSED_OF_ONES_OWN: list[tuple[dict[str, Any], str]] = [
     ({"augment": {"mixup": 0.8}}, "augment is for images"),
@@ -712,7 +731,7 @@ def test_a_mistake_is_one_line(make_shards: Make) -> None:
         (lambda changed: of_images(Path("photoss")), {}, f"data = photoss is not a directory in {Path.cwd()}; "),
         (lambda changed: of_images(DataLoader(Numbers())), {}, "data is a DataLoader: expected a path, or a dataset"),
         (lambda changed: ExactLoader(Iterated(), global_batch=8), {}, "data is a Iterated: expected a path"),
-        (lambda changed: ExactLoader([], global_batch=8), {}, "the training split has no samples"),
+        (lambda changed: ExactLoader([], global_batch=8), {}, "the dataset has no samples"),
         *((lambda changed: of_numbers(**changed), *row) for row in REFUSED_OF_ONES_OWN),
         *((lambda changed: EvalLoader(shards, workers=0, **changed), *row) for row in REFUSED_OF_AN_EVALUATION),
     ]

@@ -81,8 +81,10 @@ def test_a_second_split_joins_the_first(folder, tmp_path, capsys):
     assert {name: split.samples for name, split in splits.items()} == {"train": 21, "val": 9, "test": 9}
     assert capsys.readouterr().out.count("src: its split test becomes val") == 1
     save(folder[0] / "val/dog/0.jpg", 1)
-    with pytest.raises(DataError, match="has the class 'dog', which the shards in --out do not"):
+    with pytest.raises(DataError, match="the split val has the class 'dog', which train does not have; remove it"):
         make_shards(folder[0], out, "--split", "val")
+    with pytest.raises(DataError, match="has the class 'dog', which the shards in --out do not"):
+        make_shards(folder[0] / "val", out, "--split", "val")
 
 
 def test_two_runs_at_a_time_for_one_output_lose_no_split(folder, tmp_path, monkeypatch):

@@ -121,6 +121,14 @@ def test_what_cannot_be_decoded_is_left_out_or_stops():
         Preparation(on_odd="stop").prepare(TRUNCATED, "a.JPEG")
 
 
+def test_an_image_that_no_jpeg_can_hold_is_left_out():
+    """Before the fix, Pillow's error ended the split, with the name of the shard."""
+    buffer = io.BytesIO()
+    Image.new("L", (20, 65_501)).save(buffer, "PNG")
+    with pytest.raises(OddImageSkippedError, match="no JPEG can hold 20 x 65501 pixels"):
+        Preparation(resize=20).prepare(buffer.getvalue(), "a.png")
+
+
 def test_a_file_that_is_no_image_stops(tmp_path):
     write(tmp_path / "src/ant/a.jpg", b"text")
     with pytest.raises(DataError, match=r"ant/a.jpg: not an image .*; remove it, or choose another --on-odd than stop"):

@@ -127,6 +127,12 @@ def test_labels(source, tmp_path: Path, label: str, members, expected: object) -
     assert (one.problem or one.label) == expected
 
 
+def test_an_image_that_prepare_stores_as_it_is_is_read(source, tmp_path: Path) -> None:
+    write_tar(tmp_path / "t.tar", [("x/a.bmp", image(0)), ("x/a.cls", b"bee")])
+    ((one, *_),) = lane(source(tmp_path / "t.tar", stream_label="cls"), 1, LanePlace(0))
+    assert (one.problem, one.label, one.image) == ("", 1, image(0))
+
+
 def test_unusable_samples_say_why_and_a_tar_with_too_few_ends_the_run(source, tmp_path: Path):
     for members, said in (
         ([("a.cls", b"1")], "no image (jpg, jpeg, png, webp)"),

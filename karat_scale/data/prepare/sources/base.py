@@ -207,12 +207,16 @@ def labelling_splits(src: Path, found: Collection[str], split: str | None) -> se
 def names_of_classes(src: Path, by_split: Mapping[str, Collection[str]], split: str | None) -> list[str]:
     """Return the classes of these splits, sorted. See `labelling_splits`.
 
-    Raises DataError for a name that is not UTF-8, and for two that look the same but differ, as those of a Mac and of
-    other systems do.
+    Raises DataError for a name that is not UTF-8, for two that look the same but differ, as those of a Mac and of other
+    systems do, and for a class that the split `train` does not have.
     """
     names = sorted({name for origin in labelling_splits(src, by_split, split) for name in by_split[origin]})
     for name in names:
         if (shown := os.fsencode(name).decode(errors="backslashreplace")) != name:
             raise DataError(f"{src}: the name of class {shown} is not UTF-8; rename it")
     refuse_two_spellings(src, names)
+    for origin in choose_splits(src, by_split, None).values() if "train" in by_split else ():
+        for name in sorted(set(by_split[origin]) - set(by_split["train"]))[:1]:
+            told = f"the split {origin} has the class {name!r}, which train does not have"
+            raise DataError(f"{src}: {told}; remove it, or add it to train")
     return names

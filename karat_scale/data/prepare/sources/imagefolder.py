@@ -75,11 +75,9 @@ class ImageFolderSource(ListedSource):
             given = f"it has Parquet files: give {folder / parquet.partition('/')[0]} as --src"
             fix = given if parquet else "put them there, or correct --src"
             raise DataError(f"{folder} has no images in its class folders; {fix}")
-        if len(classes) == 1 and all(path.count("/") > 1 for path in paths):  # as in a tar
-            raise DataError(
-                f"{folder}: by paths such as {paths[0]}, all images would be of one class, {classes[0]!r}; give the "
-                "folder of the classes, or of the splits, as --src"
-            )
+        if len(set(labels)) == 1 and all(path.count("/") > 1 for path in paths):  # as in a tar
+            told = f"by paths such as {paths[0]}, all images would be of one class, {classes[labels[0]]!r}"
+            raise DataError(f"{folder}: {told}; give the folder of the classes, or of the splits, as --src")
         super().__init__(classes, paths, labels, _sizes(folder, paths))
         self.skipped = skipped
 

@@ -54,11 +54,10 @@ def test_a_split_that_is_left_out_adds_no_class_and_is_named(tmp_path, capsys, p
     src, out = tmp_path / "src", tmp_path / "out"
     write_folders(src, per_class=1)
     write(src / "test" / "all" / "0.JPEG", jpeg(7))  # as torchvision reads images without labels
-    write(src / "val" / "n99999999" / "0.JPEG", jpeg(8))
     src = tar_of(src) if packed else src
     record = make_shards(src, out)
     assert f"{src}: the split test is left out; --split test converts it" in capsys.readouterr().out
-    assert (record.classes, list(record.splits)) == ([*WNIDS, "n99999999"], ["train", "val"])
+    assert (record.classes, list(record.splits)) == ([*WNIDS], ["train", "val"])
     assert record.splits["train"].made["exif"] == "keep"
     with pytest.raises(DataError, match="has the class 'all', which the shards in --out do not"):
         make_shards(src, out, "--split", "test")
@@ -208,6 +207,26 @@ def test_a_split_by_another_name_is_no_class(tmp_path, packed):
         make_shards(tmp_path / "src", tmp_path / "out", "--split", "train")
         record = make_shards(tmp_path / "src/Testing", tmp_path / "out", "--split", "val")
         assert {name: split.per_class for name, split in record.splits.items()} == {"train": [1, 1], "val": [1, 0]}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_class_of_val_that_train_lacks_is_refused(tmp_path, packed):
+    """Tiny-ImageNet's val/images became a class of all validation images, and moved the labels of train."""
+    write_folders(tmp_path / "src", per_class=1)
+    shutil.rmtree(tmp_path / "src" / "val", ignore_errors=True)
+    write(tmp_path / "src" / "val" / "images" / "0.JPEG", jpeg(8))
+    source = tar_of(tmp_path / "src") if packed else tmp_path / "src"
+    for split in ((), ("--split", "train")):
+        with pytest.raises(DataError, match="the split val has the class 'images', which train does not have; remove"):
+            make_shards(source, tmp_path / "out", *split)
+
+
+def test_a_folder_without_images_beside_that_of_all_classes_hides_nothing(tmp_path):
+    """Food-101's folders are images/<class> and meta; all images became of the class images."""
+    write_folders(tmp_path / "food" / "images", per_class=1)
+    (tmp_path / "food" / "meta").mkdir()
+    with pytest.raises(DataError, match="all images would be of one class, 'images'; give the folder of the classes"):
+        make_shards(tmp_path / "food", tmp_path / "out")
 
 
 def test_the_folder_around_a_data_set_is_no_class(tmp_path):
