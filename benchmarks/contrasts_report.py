@@ -81,6 +81,9 @@ def render() -> str:
         if len({(record["seed"], record["data_digest"]) for record in records}) > len({r["seed"] for r in records}):
             raise ValueError("the compared runs of one seed did not see the same images in the same order")
         tested, others = (of_arms(records, arms) for arms in (ARMS, LATER))
+        own = [record for by_seed in tested.values() for record in by_seed.values()]
+        if len({(record["seed"], record["commit"]) for record in own}) > len({record["seed"] for record in own}):
+            raise ValueError("the compared runs of one seed are of several commits")
         epochs = EPOCHS[stage]
         if tested:
             parts += [f"## After {epochs} epochs\n", compared(tested)]
@@ -96,8 +99,6 @@ def of_arms(records: list[dict[str, Any]], arms: Iterable[str]) -> ByArm:
     own = [record for record in records if record["arm"] in arms]
     if {record["replaced"]["images"] for record in own} - {REPLACED}:
         raise ValueError(f"S was not replaced on {REPLACED:,} images in each run")
-    if len({(record["seed"], record["commit"]) for record in own}) > len({record["seed"] for record in own}):
-        raise ValueError("the compared runs of one seed are of several commits")
     return {arm: {r["seed"]: r for r in own if r["arm"] == arm} for arm in arms if arm in {r["arm"] for r in own}}
 
 

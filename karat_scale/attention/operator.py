@@ -237,7 +237,8 @@ class KaratOperator(FourierHeads):
         rank: r, the width of H; without effect in the full-rank form.
         form: "modular", "project_first", "two_operators" or "full_rank" (see `karat_attention`).
         base: base activation b(x): "zero", "identity", "silu" or "gelu".
-        init: "variance_preserving", with which O has the values' variance while the scores are standard normal; "paper"
+        init: "variance_preserving", with which O has the values' variance while the scores are standard normal (not in
+            the form two_operators with a rational basis); "paper"
             (see the basis's `initialise`, and `initialise_projector`); "fourier_kan", the paper's with Fourier
             coefficients from N(0, 1 / (q G)), for q inputs; "wav_kan", the paper's with the weights of wavelets uniform
             in +-1 / sqrt(q); or "softmax_like" (see `start_like_softmax`).

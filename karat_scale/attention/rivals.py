@@ -225,7 +225,7 @@ class DifferentialHeads(AttentionHeads):
 
     def flops(self, tokens: int, width: int, masked: bool = False) -> int:
         """See `AttentionHeads`."""
-        return 6 * self.num_heads * tokens * tokens * width
+        return 4 * self.num_heads * tokens * tokens * width  # two products of half the width, and one with V
 
     def _factor(self) -> Tensor:
         """lambda [h, 1, 1]."""

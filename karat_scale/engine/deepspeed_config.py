@@ -26,6 +26,8 @@ _REFUSED = {
     "scheduler": "the recipe's schedule section sets the learning rate",
     "torch_autocast": "train.precision sets the precision",
     "bfloat16": 'the section is now called "bf16"',
+    "tensor_parallel": "each rank has a whole model here, or ZeRO's part of it",
+    "sequence_parallel_size": "each rank has whole images here",
 }
 # (section, key, values that are accepted, why not the others)
 _ACCEPTED = (

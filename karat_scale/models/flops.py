@@ -29,7 +29,7 @@ class Flops(NamedTuple):
     forward: int
     training: int
     """Forward and backward, without recomputation: three times forward, minus the gradients of the pixels and of frozen
-    parameters."""
+    parameters. An operator's parameters count as learning unless all are frozen."""
 
 
 def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequence[str] = ()) -> Flops:

@@ -71,6 +71,11 @@ def test_a_users_own_file_works_and_what_only_deepspeed_knows_is_passed_on(small
         ('{"gradient_clipping": 5.0}', 'gradient_clipping = 5.0, but the recipe makes it 1.0; set it to "auto"'),
         ('{"bf16": {"enabled": true}}', "bf16.enabled = true, but the recipe makes it false"),
         ('{"data_types": {"grad_accum_dtype": "bf16"}}', "grad_accum_dtype = 'bf16', but the recipe makes it 'fp32'"),
+        (
+            '{"tensor_parallel": {"autotp_size": 2}}',
+            "tensor_parallel: each rank has a whole model here, or ZeRO's part",
+        ),
+        ('{"sequence_parallel_size": 2}', "sequence_parallel_size: each rank has whole images here; remove it"),
         ('{"optimizer": {"type": "AdamW"}}', "optimizer: the recipe's optim section makes the optimizer; remove it"),
         ('{"bf16": {"check_grad_overflow": false}}', "bf16.check_grad_overflow = false: it would step on NaN"),
         (
