@@ -61,7 +61,7 @@ class _Save:
     content: dict[str, Any]
     is_best: bool
     seconds: float
-    """The time that this rank has worked on it. A save that is ready may have to wait for an evaluation's end."""
+    """The time that this rank has worked on it. A save that is ready may have to wait for the next agreement."""
     task: Background[_Written] | None
     stall: float | None
     """The seconds that training paused for it; None means all of them."""

@@ -53,7 +53,7 @@ def flops_per_image(model: ModelConfig, attention: AttentionConfig, frozen: Sequ
                 if all(section.row for section in attention.sections):
                     raise
                 raise RecipeError(
-                    f"attention.kind: a forward of your class cannot be counted without values ({one_line(error)}); "
+                    f"attention.kind: the forward of your class cannot be counted without values ({one_line(error)}); "
                     "define flops(self, tokens, width, masked=False)"
                 ) from error
             forward = counter.get_total_flops()

@@ -94,8 +94,7 @@ def resize_operator(
         tensors: the parameters and buffers to convert, by name.
         old, new: the grid of the tensors, and the grid to convert to.
         places: the places of the new grid's tokens in the old one.
-        gradients: the tensors are moments of gradients. A sum over N tokens keeps its size where values become smaller
-            as N grows; each gradient also keeps its size, and is not scaled.
+        gradients: the tensors are moments of gradients, which do not become smaller as N grows, and are not scaled.
 
     Raises ValueError if the tensors are of another operator, or the basis does not say what multiplies phi.
     """

@@ -146,6 +146,17 @@ class AttentionConfig(Section):
         return ATTENTIONS.get(self.kind)
 
     @property
+    def keys_in_use(self) -> set[str]:
+        """The keys that have an effect with this kind. Of KArAt's, some need a form or a basis that takes them."""
+        # With softmax, a teacher's matrices need an implementation.
+        of_each_kind = {"kind", "implementation", "transfer_from", "transfer_heads"}
+        if not self.learns:
+            return of_each_kind
+        if self.blocks or self.row is None:
+            return set(type(self).model_fields)
+        return {*of_each_kind, *self.row.keys, "mode", "blocks"}
+
+    @property
     def has_functions(self) -> bool:
         """True if functions of the scores are learned, which has implementations."""
         return self.kind != "softmax" and self.row is not None and "implementation" in self.row.keys

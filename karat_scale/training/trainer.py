@@ -363,9 +363,15 @@ class Trainer:
     def _during_evaluation(self, done: int, total: int) -> None:
         self.reporter.beat("evaluating")
         self.reporter.display.evaluate(done, total)
-        agreed = self._evaluating.maxima(done, self.signals.received is not None)
-        if agreed is not None and agreed[0]:
+        checkpoints = self.checkpoints
+        agreed = self._evaluating.maxima(done, self.signals.received is not None, checkpoints.is_busy)
+        if agreed is None:
+            return
+        stop, busy = agreed
+        if stop:
             raise StoppedError
+        if checkpoints.is_under_way and not busy:
+            checkpoints.advance()
 
     def _write_if_due(self) -> None:
         for one in self.after_step:

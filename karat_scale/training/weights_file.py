@@ -330,9 +330,7 @@ def _weights_of_file(path: Path) -> SourceWeights:
         origin = Origin(ModelConfig.model_validate(facts.model), AttentionConfig.model_validate(facts.attention))
     about: Any = facts.recipe and facts.recipe.augment
     if about is None and path.name == "model.safetensors":
-        with suppress(
-            OSError, ValueError, KeyError, TypeError
-        ):  # timm writes a config beside it, other programs may not
+        with suppress(OSError, ValueError, KeyError, TypeError):  # timm writes one beside it, others may not
             about = _Augment.model_validate(parse_json(read_text(path.with_name("config.json")))["pretrained_cfg"])
     return SourceWeights(weights, origin, (tuple(about.mean), tuple(about.std)) if about else None)
 

@@ -152,7 +152,7 @@ def test_what_a_finished_save_waits_for_training_does_not_count(
     slow_disk.set()
     wait_until(lambda: not checkpoints.is_busy)
     now = time.monotonic
-    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6)  # a long evaluation
+    monkeypatch.setattr(time, "monotonic", lambda: now() + 1e6)  # a long step
     assert checkpoints.finish()
     assert checkpoints.cost[1] < 1e6
 

@@ -4,6 +4,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from karat_scale.engine.deepspeed_internals import master_weights
 from karat_scale.foundation.errors import DivergedError
 from karat_scale.training.trainer import Trainer
+from tests.conftest import wait_until
 from tests.small_engines import FEW_CELLS, equal, make_trainer
 from tests.training.nonfinite import KINDS, NonfiniteTrainer
 
@@ -120,6 +122,32 @@ def test_a_step_that_is_not_finite_is_found_between_log_lines(small_recipe, worl
     trainer.save_or_stop()
     assert "warning: step 2 has a loss or gradients that are not finite; skipped" in capsys.readouterr().out
     assert trainer.state.skipped_in_row == 0  # step 3 was good
+
+
+def test_a_save_under_way_is_completed_in_an_evaluation(small_recipe, world) -> None:
+    """Before the fix, a kill in a long evaluation lost a checkpoint whose files were all written."""
+    trainer = make_trainer(small_recipe("data.workers=0", "train.epochs=1"), world)
+    batches = trainer.feed(trainer.total_steps)
+    for step in range(trainer.total_steps):
+        trainer.step(trainer.micro_batches(batches))
+        if step == trainer.total_steps - 2:
+            assert trainer.checkpoints.save(trainer.state, wait=False)
+    saved = f"step-{trainer.total_steps - 1:08d}"
+    named: list[str | None] = []
+    evaluate = trainer.task.evaluate
+
+    def long(forward: Callable[..., torch.Tensor], on_batch: Callable[[int, int], None]) -> object:
+        batch = count(1)
+        wait_until(lambda: on_batch(next(batch), 10**6) or not trainer.checkpoints.is_under_way)
+        named.append(trainer.checkpoints.store.pointed("latest"))
+        return evaluate(forward, on_batch)
+
+    trainer.task.evaluate = long
+    trainer._evaluate_if_due()
+    assert named == [saved]
+    assert trainer.state.evaluated_step == trainer.total_steps
+    trainer.checkpoints.finish()
+    trainer.task.close()
 
 
 def test_the_speed_is_that_of_the_last_machine(small_recipe, world) -> None:

@@ -140,10 +140,6 @@ def _plain(value: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-.") or "none"
 
 
-# Keys that may have an effect with any attention.kind; with softmax, a teacher's matrices need an implementation.
-_OF_EACH_KIND = {"kind", "implementation", "transfer_from", "transfer_heads"}
-
-
 class State(Enum):
     """How far a run of the sweep is."""
 
@@ -254,15 +250,7 @@ def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
 
 
 def _idle_keys(attention: AttentionConfig) -> set[str]:
-    """Return keys of the section that have no effect with its kind. Each key may have one with KArAt."""
-    row = attention.row
-    if not attention.learns:
-        taken: Collection[str] = _OF_EACH_KIND
-    elif attention.blocks or row is None or attention.kind in ("softmax", "karat"):
-        return set()
-    else:
-        taken = {*row.keys, *_OF_EACH_KIND, "mode", "blocks"}
-    return {f"attention.{key}" for key in AttentionConfig.model_fields if key not in taken}
+    return {f"attention.{key}" for key in AttentionConfig.model_fields if key not in attention.keys_in_use}
 
 
 def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:

@@ -94,8 +94,7 @@ def _function(section: AttentionConfig) -> dict[str, Any]:
     if section.kind == "karat":
         ignored |= {"grid", "degree", "range", "orders"} - set(inspect.signature(basis_class(section.basis)).parameters)
         ignored |= {"modes"} if section.form != "smooth" else set()
-    taken = set(section.row.keys) | {"kind", "mode"} if section.row else set(type(section).model_fields)
-    return section.model_dump(include=taken - ignored)
+    return section.model_dump(include=section.keys_in_use - ignored)
 
 
 def begin_conversion(
