@@ -214,7 +214,14 @@ class RunDirectory:
                 f"run.dir = {self.path} has checkpoints and resume.mode = never; "
                 "choose another run.dir or use resume.mode=auto"
             )
-        if recipe.resume.mode == "never" or not self.recipe_file.is_file():
+        if not self.recipe_file.is_file():
+            if self.store.names():
+                raise RunDirectoryError(
+                    f"run.dir = {self.path} has checkpoints, but no {_RECIPE}, which says what they are of; put it back, "
+                    f"or choose another run.dir and set resume.from={self.path}"
+                )
+            return ""
+        if recipe.resume.mode == "never":
             return ""
         if (command := self.command) != COMMANDS[type(recipe).shipped]:
             raise RunDirectoryError(f"run.dir = {self.path} has a run of karat {command}; choose another run.dir")

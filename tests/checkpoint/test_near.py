@@ -119,6 +119,7 @@ def test_what_a_node_has_of_an_earlier_start_than_the_last_does_not_count(
     reporter = Reporter(PlainDisplay(), None)
     with make_trainer(recipe, world, reporter) as trainer:
         directory = trainer.directory
+        directory.begin(recipe)
         open_near(recipe, directory, world, reporter)
         trainer.checkpoints.near = near = directory.near
         assert near is not None

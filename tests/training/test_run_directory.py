@@ -112,6 +112,14 @@ def test_a_run_of_another_command_is_refused_with_what_to_do(begun, small_recipe
         begun.open(small_recipe())
 
 
+def test_checkpoints_without_a_recipe_resume_nothing(begun, small_recipe) -> None:
+    """Before the fix, any recipe of a model with the same shapes resumed them."""
+    begun.recipe_file.unlink()
+    said = f"has checkpoints, but no recipe.yaml, .* set resume.from={begun.path}$"
+    with pytest.raises(RunDirectoryError, match=said):
+        begun.open(small_recipe())
+
+
 def test_no_run_begins_within_another(begun, small_recipe) -> None:
     with pytest.raises(RunDirectoryError, match=f"lies in {begun.path}, another run; choose another run.dir"):
         RunDirectory(begun.path / "checkpoints" / "new").open(small_recipe())
