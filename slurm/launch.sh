@@ -12,6 +12,9 @@
 # Exit codes: 0 done; 2 a mistake to fix; 1 anything else. Saved on a signal is 75: the job is requeued.
 set -uo pipefail
 
+# `sbatch --export=NAMES` sets it, and each srun would leave out all other variables, PATH among them.
+unset SLURM_EXPORT_ENV
+
 # These may be set, too. The number of restarts in a row that may end without a new checkpoint.
 : "${IDLE_RESTARTS:=3}"
 # This many nodes wait to replace lost ones, and those with a GPU that is not sound. It needs `sbatch --no-kill`, or SLURM

@@ -101,7 +101,8 @@ def train(task_type: type[Task], recipe: RunRecipe) -> int:
             if not (was_finished and world.broadcast(directory.recipe_file.is_file())):  # it keeps its own recipe
                 world.on_main(lambda: directory.begin(recipe, task.classes))
             reporter.start_trackers(directory.path, recipe.log.trackers, is_anew)
-            reporter.begin(outcome.state.step, is_anew, directory.last_sign)
+            last_sign, device = directory.last_sign, device_name(world.device)
+            reporter.begin(outcome.state.step, is_anew, last_sign, world.size, device)
             if outcome.state.restarts:  # only now, as the end of a refused start is not logged
                 state, name = outcome.state, checkpoint_name(outcome.state.step)
                 said = f"resumed from {name}: step {state.step}, {state.samples:,} samples seen"

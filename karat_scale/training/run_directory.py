@@ -163,6 +163,9 @@ class RunDirectory:
         A file server keeps the lock of a lost node for a while. So wait for a lock whose holder, which is always rank
         0, shows no life. Some file systems lock on each node alone (BeeGFS, Lustre with `localflock`). So see whether
         rank 0 of a start on another node shows life.
+
+        A node that SLURM took for lost may train on until its rank 0 misses the others. So a restart waits for a
+        holder that shows life, too.
         """
         try:
             is_locked, has_locks = lock(file, wait=False, without=None), True
@@ -175,21 +178,26 @@ class RunDirectory:
         if not before:
             return is_locked or not has_locks
         must_wait, two_beats = has_locks and not is_locked, 2 * WRITE_SECONDS
-        begun, is_told = time.monotonic(), False
-        while (passed := time.monotonic() - begun) < (_LOCK_SECONDS if must_wait else two_beats):
+        begun = silent_since = time.monotonic()
+        life, is_told = "shows no life", False
+        while time.monotonic() - begun < _LOCK_SECONDS:
             time.sleep(0.2)
             check()
             if (now := self._signs_of_holder()) and now != before:
-                return False
+                if not is_restart():
+                    return False
+                before, silent_since, life = now, time.monotonic(), "still shows life"
             if must_wait and lock(file, wait=False):
                 return True
-            if passed > two_beats and not is_told:
+            if not must_wait and time.monotonic() - silent_since >= two_beats:
+                return True
+            if time.monotonic() - begun > two_beats and not is_told:
                 is_told = True
-                what = f"waiting, as its holder shows no life; at most {_LOCK_SECONDS:.0f} s"
+                what = f"waiting, as its holder {life}; at most {_LOCK_SECONDS:.0f} s"
                 print(f"{self.path / '.lock'}: {what}", flush=True)
-        if must_wait and is_restart():
-            raise PeerError(f"{self.path / '.lock'}: held since the last start by a process that shows no life")
-        return not must_wait
+        if is_restart():
+            raise PeerError(f"{self.path / '.lock'}: held since the last start by a process that {life}")
+        return False
 
     def local_start(self) -> str:
         """Return the name of the last start, if it had `checkpoint.local`; else an empty text. Raises OSError."""
@@ -217,8 +225,8 @@ class RunDirectory:
         if not self.recipe_file.is_file():
             if self.store.names():
                 raise RunDirectoryError(
-                    f"run.dir = {self.path} has checkpoints, but no {_RECIPE}, which says what they are of; put it back, "
-                    f"or choose another run.dir and set resume.from={self.path}"
+                    f"run.dir = {self.path} has checkpoints, but no {_RECIPE}, which says what they are of; put it "
+                    f"back, or choose another run.dir and set resume.from={self.path}"
                 )
             return ""
         if recipe.resume.mode == "never":

@@ -43,8 +43,9 @@ def test_a_mistake_in_the_settings_is_one_line(cluster, tmp_path, settings, argu
     assert job.starts == 1
 
 
-def test_missing_data_is_named_last_and_not_retried(cluster, tmp_path) -> None:
-    job = submit(cluster, SCRIPT, *RECIPE, cwd=tmp_path, RUN=tmp_path / "run", SHARDS="/nowhere")
+@pytest.mark.parametrize("options", [(), ("--export=RUN,SHARDS,PATH",)], ids=["all variables", "some"])
+def test_missing_data_is_named_last_and_not_retried(cluster, tmp_path, options) -> None:
+    job = submit(cluster, SCRIPT, *RECIPE, options=options, cwd=tmp_path, RUN=tmp_path / "run", SHARDS="/nowhere")
     assert job.wait() == "FAILED 2", job.log
     assert "error: data.path = /nowhere is not a directory" in job.log.splitlines()[-1]
     assert "Traceback" not in job.log

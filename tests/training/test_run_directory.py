@@ -2,6 +2,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from karat_scale.engine import heartbeat
 from karat_scale.engine.heartbeat import Heartbeat
 from karat_scale.foundation.errors import PeerError, RecipeError, RunDirectoryError
 from karat_scale.recipe.loading import dump_recipe
@@ -216,6 +218,32 @@ def test_a_restart_that_finds_the_lock_of_a_lost_rank_is_tried_again(tmp_path, m
             monkeypatch.setenv(name, value)
         with pytest.raises(PeerError, match="held since the last start by a process that shows no life"):
             RunDirectory(tmp_path / "run").claim()
+    finally:
+        ended.set()
+        holder.join()
+
+
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_a_restart_waits_for_a_rank_of_a_node_that_was_taken_for_lost(tmp_path, monkeypatch, has_locks) -> None:
+    """Before the fix, it ended with exit code 2, after which no job starts again."""
+    context = multiprocessing.get_context("fork")
+    held, ended = context.Event(), context.Event()
+    holder = context.Process(target=hold, args=(tmp_path / "run", held, ended, True))
+    for module in (run_directory, heartbeat):
+        monkeypatch.setattr(module, "WRITE_SECONDS", 0.5)
+    holder.start()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    if not has_locks:
+        monkeypatch.setenv("SLURMD_NODENAME", "elsewhere")
+        monkeypatch.setattr(run_directory, "lock", lambda *_, **__: True)  # of a file system with locks for a node
+    try:
+        assert held.wait(30)
+        monkeypatch.setattr(run_directory, "_LOCK_SECONDS", 2.0)
+        with pytest.raises(PeerError, match="by a process that still shows life"):
+            RunDirectory(tmp_path / "run").claim()
+        monkeypatch.setattr(run_directory, "_LOCK_SECONDS", 60.0)
+        threading.Timer(1, ended.set).start()
+        RunDirectory(tmp_path / "run").claim()
     finally:
         ended.set()
         holder.join()

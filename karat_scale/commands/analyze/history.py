@@ -119,7 +119,9 @@ def achieved(run: TrainedRun) -> tuple[str, dict[str, str], str]:
     batch, images = run.recipe.train.global_batch, summary.get("train_images")
     facts["budget"] = f"{plural(steps, 'step')} of {batch:,} images"
     if isinstance(images, int) and images > 0:
-        facts["budget"] += f", {steps * batch / images:.3g} times its {images:,} training images"
+        times = steps * batch / images
+        shown_times = f"{times:,.0f}" if times >= 100 else f"{times:.3g}"
+        facts["budget"] += f", {shown_times} times its {images:,} training images"
     facts["budget"] += f", seed {run.recipe.run.seed}"
     if history.changes:
         facts["recipe changed"] = "; ".join(history.changes)

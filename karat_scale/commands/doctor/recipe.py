@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -158,8 +158,12 @@ def examine_run_directory(subject: Subject) -> Iterator[Finding]:
         snapshots = (checkpoint.snapshots + 1) * 4 * (subject.parameters + subject.frozen)
         needed += snapshots
         text += f" and {checkpoint.snapshots + 1} snapshots of {gigabytes(snapshots)} in all"
-    text += f", {gigabytes(free)} free"
-    short = needed > free
+    there = 0  # a resumed run has most of it
+    with suppress(FileNotFoundError):  # a run that goes on removes some
+        for folder in (directory.store.root, directory.snapshots):
+            there += sum(file.lstat().st_size for file in folder.rglob("*"))
+    text += f"; {gigabytes(there)} are there, {gigabytes(free)} are free" if there else f", {gigabytes(free)} free"
+    short = max(needed - there, one) > free
     fewer = " or checkpoint.snapshots" if checkpoint.snapshots else ""
     fix = f"free space, choose another run.dir, or lower checkpoint.keep_last{fewer}" if short else ""
     yield found("room for checkpoints", text, fix, wrong=short, checkpoint_bytes=one, kept=kept, free_bytes=free)

@@ -287,7 +287,7 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
     place = where if isinstance(where, str) else str(where.resolve())
     source = place + (f", split {asked}" if asked else "")
     source += f", labels of {Path(request.labels).resolve()}" if request.labels else ""
-    source += ", corrupted" if request.corrupt is not None else ""
+    source = printable(source + (", corrupted" if request.corrupt is not None else ""))
     labels = hashlib.sha256(test_set.labels.tobytes()).hexdigest()
     images: dict[str, Any] = {"images": test_set.source.identity, "labels": labels, "turned": test_set.turns}
     if isinstance(test_set.source, FolderSplit):  # of which `identity` knows only the paths
@@ -302,7 +302,7 @@ def _begun(run: OpenRun[Recipe], request: Request, where: Path | str, split: str
         model=identity_of(run, decoder=run.recipe.data.decoder),
         date=time.strftime("%Y-%m-%d %H:%M"),
         images=len(test_set),
-        unmatched=list(test_set.unmatched),
+        unmatched=[printable(name) for name in test_set.unmatched],
         left_out=test_set.left_out,
         among=len(test_set.among),
         classes=len(test_set.classes),

@@ -93,14 +93,15 @@ class _WithTeacher(nn.Module):
         return logits
 
 
-def push_folder(folder: Path, repository: str, private: bool) -> str:
+def push_folder(folder: Path, repository: str, private: bool, retry: str) -> str:
     """Upload all files in one commit. Returns the repository's address.
 
     Args:
         private: whether a new repository is private; else its owner's default applies.
+        retry: what to do to try again.
 
     Raises:
-        UserError: the hub refuses it or cannot be reached; the same command tries again.
+        UserError: the hub refuses it or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -109,7 +110,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
         url = api.create_repo(repository, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by karat export")
     except Exception as error:  # of the hub's client, and of the HTTP library below it
-        raise UserError(f"--push {repository}: {one_line(error)}; run the same command again") from error
+        raise UserError(f"--push {repository}: {one_line(error)}; {retry}") from error
     return str(url)
 
 
@@ -238,7 +239,7 @@ def timm_config(source: Source) -> dict[str, Any]:
 
 
 def _write(path: Path, files: dict[str, bytes]) -> str:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or path.samefile(".") or any(path.iterdir())):
         raise RunDirectoryError(f"{path} exists already; remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(path) as unfinished:
@@ -319,7 +320,8 @@ def export_run(
             folder = Path(out).expanduser() if out else scratch / "model"
             note, size = _written(source, EXPORT_FORMATS[HUB], folder)
             print(f"uploading {source.kind} weights of {run.chosen}, {note}, {size}", flush=True)
-            print(push_folder(folder, push, private))
+            retry = f"{f'remove {out} and ' if out else ''}run the same command again"
+            print(push_folder(folder, push, private, retry))
         return 0
     for kind in kinds:
         path = _target(out, run.path, f"{run.chosen}-{kind}", row, alone=len(kinds) == 1)

@@ -223,7 +223,7 @@ def examine(name: str, split: Split, most: int, decodes_all: bool) -> SplitFacts
     per_class = dict(zip(map(printable, split.classes), counts, strict=True))
     sample = set(np.linspace(0, len(split) - 1, min(most, len(split))).round().astype(int).tolist())
     ids: Sequence[int] = range(len(split)) if decodes_all else sorted(sample)
-    facts = SplitFacts(name, len(split), len(sample), len(ids), split.notice, per_class)
+    facts = SplitFacts(name, len(split), len(sample), len(ids), printable(split.notice), per_class)
     split.prepare(ids)
     keys = split.keys()  # `locate` reads an index for each sample
     cores = ThreadPoolExecutor(usable_cores())  # decoding lets other threads run
@@ -316,7 +316,7 @@ def look_at_data(path: str, images: int, classes: int, out: str, json_file: str 
             print(f"{one.name} has classes that {facts[0].name} does not have: {', '.join(sorted(unknown)[:5])}")
         if missing := facts[0].per_class.keys() - one.per_class.keys():
             print(f"{one.name} lacks classes that {facts[0].name} has: {', '.join(sorted(missing)[:5])}")
-    values = {"place": str(directory), "splits": facts, "pictures": pictures}
+    values = {"place": printable(str(directory)), "splits": facts, "pictures": pictures}
     charts = {one.name: _charts(one) for one in facts}
     try:
         page = render_page("karat_scale.commands.look", "data.html.j2", **values, charts=charts)
@@ -369,7 +369,7 @@ def _print_split(facts: SplitFacts) -> None:
     counts += f"{facts.per_each} each"
     print(printable(counts + (f"; without images: {', '.join(empty[:5])}" if empty else "")))
     if facts.notice:
-        print(printable(f"  {facts.notice}"))
+        print(f"  {facts.notice}")
     names = ("width", "height", "aspect_ratio", "bytes")
     rows = [
         [name.replace("_", " "), *(f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in numbers[name].values())]

@@ -275,8 +275,8 @@ LARGEST_BATCH = 16
 class DataSpeed:
     """Images per second of one rank, the slowest. Bytes come from the page cache.
 
-    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same without
-    RandAugment and colour jitter. workers: with the recipe's workers.
+    one_core: reading, decoding and the recipe's augmentation on one core. decode_one_core: the same, but
+    images are only cropped and flipped. workers: with the recipe's workers.
     """
 
     one_core: float
@@ -291,11 +291,11 @@ class DataSpeed:
     @classmethod
     def of(cls, recipe: Recipe, ids: Ids, micro_batch: int, seconds: float, world: World) -> "DataSpeed":
         """Time the backend for about `seconds`; all ranks measure at the same time. Raises DataError."""
-        bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0)
+        bare = recipe.changed(augment__randaugment="", augment__color_jitter=0.0, augment__erasing=0.0)
         is_generated = recipe.data.row.files is None
         in_process = recipe.data.fewest_workers
         batch = min(micro_batch, LARGEST_BATCH)
-        augments = not is_generated and bare != recipe
+        augments = not is_generated and not recipe.augment.workers_only_flip
 
         def slowest_rate(recipe: Recipe, workers: int) -> float:
             share = seconds / (2 + augments)

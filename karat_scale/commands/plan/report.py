@@ -71,8 +71,15 @@ class Plan:
 
     @property
     def training(self) -> float | None:
-        """Seconds of all steps, without evaluations."""
+        """Seconds of all steps, if images of each step have the last size, without evaluations."""
         return self.step and self.step * self.steps
+
+    @property
+    def left_out(self) -> str:
+        """What the seconds of all steps leave out."""
+        sizes = self.recipe.schedule.image_sizes
+        grown = f", and as if all images had {sizes[-1][1]} px (schedule.image_sizes)" if sizes else ""
+        return f"without evaluations{grown}"
 
     @property
     def steps(self) -> int:
@@ -192,7 +199,7 @@ def show_side_by_side(plans: Sequence[Plan]) -> None:
     print_table("plans side by side", ["", *(plan.recipe.run.name for plan in plans)], rows)
     for plan in plans:
         print(f"{plan.recipe.run.name}: {line(plan.choice, plan.recipe)}")
-        print(f"  time: {plan.time.source if plan.time else _TIME_UNKNOWN}")
+        print(f"  time: {f'{plan.time.source}, {plan.left_out}' if plan.time else _TIME_UNKNOWN}")
         if plan.not_measured:
             print(plan.not_measured)
 
@@ -231,7 +238,7 @@ def _show_time(plan: Plan) -> None:
     whole = plural(plan.steps, "step") if is_cut else plural(plan.recipe.train.epochs, "epoch")
     print(f"time: {duration(plan.step)} a step, {rate:,.0f} images a second ({plan.time.source});")
     print(f"  {duration(epoch)} an epoch of {plan.samples:,} images ({plan.samples_from});")
-    print(f"  {duration(plan.step * plan.steps)} for {whole}, without evaluations")
+    print(f"  {duration(plan.step * plan.steps)} for {whole}, {plan.left_out}")
     if note := launch_note(plan):
         print(note)
     for text in plan.data.lines() if plan.data else ():

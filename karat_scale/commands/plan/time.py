@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from karat_scale.commands.measure.loading import images_per_second
@@ -26,6 +27,7 @@ from karat_scale.data.plan import micro_batch_of, possible_micro_batch
 from karat_scale.engine.deepspeed_config import load_ds_config, offloads_optimizer, zero_stage
 from karat_scale.engine.engine import PRECISIONS, matrix_peak
 from karat_scale.engine.reporting.progress import read_events
+from karat_scale.foundation.console import plural
 from karat_scale.foundation.errors import UserError
 from karat_scale.foundation.machine import Gpu, find_gpu
 from karat_scale.models.factory import layer_sizes
@@ -62,12 +64,13 @@ PER_GRADIENT, PER_OFFLOADED, PER_GATHERED = 1.5, 4.5, 1.0
 
 @dataclass(frozen=True)
 class StepLaunches:
-    """Kernels of a micro batch, further kernels of a step, and the host's seconds for both."""
+    """Kernels of a micro batch, further kernels of a step, the host's seconds for both, and those between two."""
 
     micro_batch: int
     step: int
     host_micro_batch: float
     host_step: float
+    gap: float = KERNEL_GAP
 
     @classmethod
     def of(
@@ -98,7 +101,7 @@ class StepLaunches:
 
     def gaps(self, accumulation: int) -> float:
         """Seconds of a step that the GPU spends between kernels."""
-        return KERNEL_GAP * (accumulation * self.micro_batch + self.step)
+        return self.gap * (accumulation * self.micro_batch + self.step)
 
     def host(self, accumulation: int) -> float:
         """Seconds that the host takes to launch a step."""
@@ -109,13 +112,20 @@ class StepLaunches:
 class ComputeTime:
     """The time of a rank's step without collectives, and where the figures come from.
 
-    image: seconds of the GPU's work on an image, forward and backward. launches: none if `image` is measured, which
-    then includes their cost.
+    image: seconds of the GPU's work on an image, forward and backward. launches: none if `image` is of a measured
+    micro batch, and includes their cost.
     """
 
     image: float
     source: str
     launches: StepLaunches = StepLaunches(0, 0, 0.0, 0.0)
+
+    def scaled(self, factor: float, source: str) -> "ComputeTime":
+        """Return a time of which each part takes `factor` times as long."""
+        own = self.launches
+        micro_batch, step, gap = (factor * part for part in (own.host_micro_batch, own.host_step, own.gap))
+        launches = StepLaunches(own.micro_batch, own.step, micro_batch, step, gap)
+        return ComputeTime(factor * self.image, source, launches)
 
     def device(self, images: int, accumulation: int) -> float:
         """Seconds of the GPU on a step of `accumulation` micro batches of `images`, if the host is ahead of it."""
@@ -402,16 +412,24 @@ class Measured:
     rate: float
     source: str
 
-    def compute_time(self, parameters: int, node: Node) -> ComputeTime:
-        """Return the seconds of an image without the collectives of the run's own world, as the plan counts them.
+    @property
+    def micro_batch(self) -> int:
+        return int(self.config["train_micro_batch_size_per_gpu"])
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a step."""
+        return int(self.config["gradient_accumulation_steps"])
+
+    def compute_seconds(self, parameters: int, node: Node) -> float:
+        """Return the seconds of a step without the collectives of the run's own world, as the plan counts them.
 
         A plan for that world adds them again, and arrives at the measured time; a plan for another world adds its own.
         """
         train = self.recipe.train
-        load = traffic(parameters, self.config, self.config["gradient_accumulation_steps"], train.precision)
+        load = traffic(parameters, self.config, self.accumulation, train.precision)
         communication = seconds(load, self.world, node.gpus, node.links)
-        step = compute_seconds(train.global_batch / self.rate, load, communication)
-        return ComputeTime(step / (train.global_batch // self.world), self.source)
+        return compute_seconds(train.global_batch / self.rate, load, communication)
 
 
 def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
@@ -421,20 +439,20 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
     about this recipe, a line with the reason.
     """
     directory = RunDirectory(recipe.run.dir)
-    starts: list[list[float]] = [[]]
+    starts: list[tuple[dict[str, Any], list[float]]] = []
     for event in read_events(directory.metrics_file):
         if event.get("event") == "start":
-            starts.append([])
-        elif event.get("event") == "train" and (rate := event.get("images_per_second")):
-            starts[-1].append(float(rate))
-    rates = next((own for own in reversed(starts) if own), None)
-    if rates is None:
+            starts.append((event, []))
+        elif starts and event.get("event") == "train" and (rate := event.get("images_per_second")):
+            starts[-1][1].append(float(rate))
+    last = next((one for one in reversed(starts) if one[1]), None)
+    if last is None:
         return None
+    start, rates = last
     refused = f"what {directory.path} measured is not used: "
-    summary = directory.summary() or {}
-    device, world = str(summary.get("device", "")), summary.get("world_size")
+    device, world = str(start.get("device", "")), start.get("world_size")
     if not world:
-        return f"{refused}it has no summary.json, which says on what it ran"
+        return f"{refused}an earlier version wrote its events, which do not say on what it ran"
     if find_gpu(device) is not gpu if gpu else not device.startswith("CPU"):
         return f"{refused}it ran on {device}"
     try:
@@ -460,22 +478,32 @@ def find_time(
 ) -> tuple[ComputeTime | None, str]:
     """Return the time by `step_time`, else by the recipe's run, else an estimate; and why no run could be used, or "".
 
+    A run's time is exact for its own micro batch. For another one, the estimate is scaled to agree with the run.
+
     recipe, config: the way to train that the plan recommends. step_time: seconds of a micro batch.
     """
     if step_time is not None:
         micro_batch = config["train_micro_batch_size_per_gpu"]
         return ComputeTime(step_time / micro_batch, f"from --step-time, of {micro_batch} images"), ""
     found = find_measured(recipe, gpu)
-    if isinstance(found, Measured):
-        time = found.compute_time(subject.sizes.total, node)
-        if time.image > 0:
-            return time, ""
+    step = found.compute_seconds(subject.sizes.total, node) if isinstance(found, Measured) else 0.0
+    if isinstance(found, Measured) and step == 0:
         found = (
             f"what {RunDirectory(recipe.run.dir).path} measured is not used: with --gpus-per-node {node.gpus}, its "
             "collectives alone would take longer than its steps did; if a node of that run had more, give their number"
         )
     if gpu is None:
+        if isinstance(found, Measured):
+            return ComputeTime(step / (found.accumulation * found.micro_batch), found.source), ""
         return None, found or ""
     if subject.recipe.train.recompute != recipe.train.recompute:
         subject = Subject(recipe, subject.on_gpu)
-    return estimate(recipe, gpu, subject.footprint, config, subject.sizes.each, subject.teacher.flops), found or ""
+    estimated = partial(estimate, recipe, gpu, subject.footprint)
+    more = subject.sizes.each, subject.teacher.flops
+    if not isinstance(found, Measured):
+        return estimated(config, *more), found or ""
+    share = step / estimated(found.config, *more).seconds(found.micro_batch, found.accumulation)
+    source = found.source
+    if config["train_micro_batch_size_per_gpu"] != found.micro_batch:
+        source += f" with {plural(found.micro_batch, 'image')} a micro batch, and scaled like the estimate"
+    return estimated(config, *more).scaled(share, source), ""

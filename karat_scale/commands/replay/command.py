@@ -435,7 +435,7 @@ def _train(
     if not world.is_main:
         return []
     theirs, ours = directory.store, CheckpointStore(scratch / "checkpoints")
-    before = (theirs, first) if first else (ours, checkpoint_name(0))
+    before = (theirs, first) if first else (ours, checkpoint_name(began))
     states = [
         read_state(store.root / name, store.state(name))
         for store, name in (before, (theirs, checkpoint_name(saved["step"])), (ours, checkpoint_name(saved["step"])))

@@ -111,7 +111,8 @@ class WallTime:
         if not self.seconds:
             return ""
         shares = {part: 100 * seconds / self.seconds for part, seconds in self.parts.items()}
-        listed = ", ".join(f"{part} {share:.2g} %" for part, share in shares.items() if share >= 0.1)
+        named = ((part, f"{share:.0f}" if share >= 10 else f"{share:.2g}") for part, share in shares.items())
+        listed = ", ".join(f"{part} {share} %" for part, share in named if float(share) >= 0.1)
         return f"{duration(self.seconds)}: {listed}"
 
     def _start(self, event: Mapping[str, Any]) -> None:

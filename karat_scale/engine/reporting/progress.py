@@ -240,16 +240,17 @@ class Reporter:
         self._others.append(messages)
         self.tell_of_others()
 
-    def begin(self, step: int, anew: bool, last_sign: float | None) -> None:
-        """Log that training begins after `step`. `anew`: this is not the run of the earlier events.
+    def begin(self, step: int, anew: bool, last_sign: float | None, world_size: int, device: str) -> None:
+        """Log that training begins after `step`, and on what. `anew`: this is not the run of the earlier events.
 
         `last_sign` is when the previous start was last seen, in seconds since the epoch.
         """
         if self._log is not None:
             self._stopwatch = Stopwatch()
             asked, started = queued() or (None, None)
-            more = {"last_sign": last_sign, "submitted": asked, "started": started}
-            self._write("start", step, began=self._stopwatch.began, anew=anew, **more)
+            times = {"last_sign": last_sign, "submitted": asked, "started": started}
+            machine = {"world_size": world_size, "device": device}
+            self._write("start", step, began=self._stopwatch.began, anew=anew, **times, **machine)
 
     def beat(self, doing: str, step: int = 0) -> None:
         """Record that this rank begins `doing` now, for whoever watches for hangs."""

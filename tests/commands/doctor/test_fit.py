@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_checkpoints_that_the_disk_cannot_hold_are_a_problem(subject: MakeSubjec
     huge = dataclasses.replace(subject(), parameters=10**15)
     assert by_name(fit.examine_run_directory(huge))["room for checkpoints"].level == "problem"
     assert not (tmp_path / "run").exists()
+
+
+def test_the_checkpoints_of_a_resumed_run_need_no_more_room(subject: MakeSubject, tmp_path: Path, monkeypatch) -> None:
+    one = 16 * 50_000
+    monkeypatch.setattr(fit.shutil, "disk_usage", lambda _: SimpleNamespace(free=one + 1))
+    new = by_name(fit.examine_run_directory(subject("checkpoint.snapshots=0")))["room for checkpoints"]
+    assert new.level == "problem"
+    for step in range(new.figures["kept"] - 1):
+        folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(bytes(one))
+    resumed = by_name(fit.examine_run_directory(subject("checkpoint.snapshots=0")))["room for checkpoints"]
+    assert resumed.level == "ok"
+    assert "are there" in resumed.value
 
 
 def test_a_run_directory_of_another_recipe_or_below_a_file_is_a_problem(subject: MakeSubject, tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_a_subset_is_scored_among_its_own_classes(run: Path, image_folder: Path,
     some = tmp_path / "sketch"
     for name in ("class1", "class3"):
         shutil.copytree(image_folder / "val" / name, some / name)
-    shutil.copytree(image_folder / "val" / "class0", some / "narwhal")
+    shutil.copytree(image_folder / "val" / "class0", some / "narwhal\udce9")  # as Latin-1 has it
     printed = karat_says("eval", str(run), "--on", str(some))
-    assert "1 class that the run does not have, with 7 images, left out: narwhal" in printed
+    assert "1 class that the run does not have, with 7 images, left out: narwhal\\udce9" in printed
     assert f"on {2 * VAL_PER_CLASS} images, among 2 of 4 classes\n" in printed
     (kept,) = read_evaluations(run)
-    assert (kept.unmatched, kept.left_out) == (["narwhal"], VAL_PER_CLASS)
+    assert (kept.unmatched, kept.left_out) == (["narwhal\\udce9"], VAL_PER_CLASS)
     assert kept.top5 == 100  # there are only two
 
 

@@ -56,6 +56,7 @@ def test_what_cannot_be_exported_is_one_line(small_recipe, make_run, tmp_path: P
         (("--checkpoint", "step-00000009"), "--checkpoint step-00000009: "),
         ((*raw, "/proc/nowhere"), "/proc/nowhere"),
         ((*raw, str(full), "--format", "timm"), f"{full} exists already; remove it or choose another --out"),
+        ((*raw, ".", "--format", "timm"), ". exists already; remove it or choose another --out"),
         ((*raw, f"{full}/v1.bin"), f"use {full}/v1.safetensors, or {full}/v1.bin/ for a directory"),
     ):
         assert said in karat_refuses("export", str(run), *arguments)

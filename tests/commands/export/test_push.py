@@ -46,6 +46,8 @@ def test_timm_loads_what_was_pushed_and_what_the_hub_refuses_is_one_line(small_r
     assert said == "ema weights of step-00000003 ..."
     assert line.startswith("error: --push jane/owls: ")
     assert "401" in line
+    done = here(hub, tmp_path, *push, "--weights", "ema", "--out", str(tmp_path / "owls"), token="hf_wrong")
+    assert done.stderr.endswith(f"; remove {tmp_path / 'owls'} and run the same command again\n")
     done = here(hub, tmp_path, *push, "--weights", "ema")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"{hub.url}/jane/owls"

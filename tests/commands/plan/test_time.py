@@ -198,8 +198,9 @@ def leave_a_run(recipe: Recipe, world: int, device: str = H100, rate: float = RA
     run = Path(recipe.run.dir)
     run.mkdir()
     (run / "recipe.yaml").write_text(dump_recipe(recipe))
-    (run / "metrics.jsonl").write_text(json.dumps({"event": "train", "images_per_second": rate}) + "\n")
-    (run / "summary.json").write_text(json.dumps({"device": device, "world_size": world}))
+    start = {"event": "start", "device": device, "world_size": world}
+    events = start, {"event": "train", "images_per_second": rate}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 
 def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> None:
@@ -211,13 +212,17 @@ def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> Non
 
 def test_rates_are_those_of_the_last_start_that_has_any(small_recipe: Load) -> None:
     leave_a_run(small_recipe("train.global_batch=32"), 16)
-    kinds = ["start", *["train"] * 60, "start", *["train"] * 40, "start"]  # a finished run that is called again
-    rates = [None, *[RATE / 2] * 60, None, *[RATE] * 40, None]
-    lines = [json.dumps({"event": k, "images_per_second": r}) for k, r in zip(kinds, rates, strict=True)]
-    (Path(small_recipe().run.dir) / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    events: list[dict[str, object]] = []
+    for world, rate, steps in ((8, RATE / 2, 60), (16, RATE, 40), (1, 0.0, 0)):  # the last finds a finished run
+        events.append({"event": "start", "device": H100, "world_size": world})
+        events += [{"event": "train", "images_per_second": rate}] * steps
+    log = Path(small_recipe().run.dir) / "metrics.jsonl"
+    log.write_text("\n".join(map(json.dumps, events)) + "\n")
     found = find_measured(small_recipe(), find_gpu("h100-80"))
     assert isinstance(found, Measured)
     assert (found.rate, found.world) == (RATE, 16)
+    log.write_text(json.dumps({"event": "start"}) + "\n" + json.dumps(events[1]) + "\n")
+    assert "do not say on what it ran" in str(find_measured(small_recipe(), find_gpu("h100-80")))
 
 
 def test_a_run_whose_images_grew_is_not_used(small_recipe: Load) -> None:
@@ -248,8 +253,26 @@ def test_a_measured_rate_holds_its_own_collectives_already(small_recipe: Load, c
     assert same.communication > 0
     assert same.step == pytest.approx(0.01)
     if config == "zero0":
-        assert alone.step == pytest.approx(4 * (0.01 - same.communication))
-        assert more.step == pytest.approx((0.01 - same.communication) / 4 + more.communication)
+        assert alone.step < 4 * (0.01 - same.communication)
+        assert more.step > (0.01 - same.communication) / 4 + more.communication
+
+
+def test_a_measured_time_is_carried_to_another_micro_batch_as_the_estimate_is(small_recipe: Load) -> None:
+    """Before the fix it was proportional to the micro batch, as if launches took no time."""
+    keys = ("train.global_batch=64", "data.synthetic_samples=256", "train.micro_batch=8")
+    estimated = [make_plan(small_recipe(*keys), Request(gpus=8, gpu="h100-80"))]
+    leave_a_run(small_recipe(*keys), 8, rate=64 / (2 * estimated[0].step))
+    measured = [make_plan(small_recipe(*keys), Request(gpus=8, gpu="h100-80"))]
+    assert measured[0].time.source.endswith(f"on {H100}")
+    assert measured[0].step == pytest.approx(2 * estimated[0].step)
+    others = ("train.global_batch=64", "data.synthetic_samples=256", "train.micro_batch=64")
+    measured.append(make_plan(small_recipe(*others), Request(gpu="h100-80")))
+    assert "with 8 images a micro batch, and scaled" in measured[1].time.source
+    Path(small_recipe().run.dir, "metrics.jsonl").unlink()
+    estimated.append(make_plan(small_recipe(*others), Request(gpu="h100-80")))
+    assert launch_note(estimated[1]) != ""
+    compute = [plan.step - plan.communication for plan in (measured[0], estimated[0])]
+    assert measured[1].step == pytest.approx(compute[0] / compute[1] * estimated[1].step, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 from karat_scale.checkpoint.store import MANIFEST, CheckpointStore, checkpoint_name, manifest_text, read_manifest
 from karat_scale.checkpoint.tensor_storage import load_tensors, save_tensors
 from karat_scale.commands.replay.command import _other_machine
+from karat_scale.foundation.tables import VARIABLE
 from karat_scale.recipe import AttentionConfig, DataConfig, ModelConfig, Recipe
 from tests.conftest import SMALL, karat, karat_done, karat_here
 
@@ -67,6 +68,17 @@ def test_an_honest_run_has_the_same_bits(trained, verify, arguments, segment, li
     assert said.endswith("verified: the same bits\n")
     assert "note:" not in said
     assert {"data", "losses", "weights", "averages", "optimizer, exp_avg"} <= found.keys()
+
+
+def test_a_branch_is_verified_from_where_it_began(trained, shards, tmp_path, monkeypatch, verify) -> None:
+    """Before the fix, this trained all steps again and then ended for want of step 0."""
+    branch, trunk = tmp_path / "branch", trained / "checkpoints" / "step-00000003"
+    own = (f"run.dir={branch}", f"resume.from={trunk}", "train.max_steps=6", "checkpoint.every_minutes=null")
+    assert karat_here("train", str(trained.parent / "small.yaml"), *SMALL, *QUICK, *own) == 0
+    monkeypatch.setenv(VARIABLE, "1")
+    code, printed, _ = verify(branch, "--from", "0")
+    assert code == 0, printed
+    assert "from the start to step-00000006" in printed
 
 
 def test_a_step_without_a_checkpoint_and_data_that_have_moved_are_told(trained, run, capsys) -> None:

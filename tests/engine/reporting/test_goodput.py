@@ -2,7 +2,7 @@
 
 import pytest
 
-from karat_scale.engine.reporting.goodput import Stopwatch, wall_time
+from karat_scale.engine.reporting.goodput import PARTS, Stopwatch, WallTime, wall_time
 
 
 def start(began: float, step: int = 0, **more: object) -> dict[str, object]:
@@ -32,6 +32,7 @@ def test_what_came_after_the_checkpoint_is_lost_and_the_rest_is_time_in_the_queu
     assert found.parts["lost"] == 98 - 40 + 2
     assert found.parts["training"] == 40 + 49
     assert found.parts["starting"] == 20
+    assert str(WallTime({**dict.fromkeys(PARTS, 0.0), "training": 99.7}, 100.0)).endswith("training 100 %")
     assert str(found) == "27 min 40 s: training 5.4 %, saving 0.18 %, starting 1.2 %, lost 3.6 %, queue 90 %"
 
 
