@@ -45,14 +45,15 @@ def refusal(call: FourierCall) -> str | None:
     device = call.query.device
     if device.type == "cpu":
         return _base_or_mask(call)
-    return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device)
+    width = max(call.query.shape[-1], call.value.shape[-1])
+    return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device, width)
 
 
-def device_refusal(device: torch.device) -> str | None:
-    """Return why FlexAttention does not run on a device, or None."""
+def device_refusal(device: torch.device, width: int) -> str | None:
+    """Return why FlexAttention does not run on a device with heads of a width, or None."""
     if device.type not in ("cpu", "cuda"):
         return f"it needs tensors on a GPU or a CPU and these are on {device.type}"
-    return problem() if device.type == "cuda" else None
+    return problem(width) if device.type == "cuda" else None
 
 
 def call_refusal(call: FourierCall) -> str | None:
@@ -75,9 +76,12 @@ def _base_or_mask(call: FourierCall) -> str | None:
     return None if call.mask is None else "it has no mask"
 
 
-def problem() -> str | None:
-    """Return why FlexAttention does not run on this GPU, or None; each process finds out once, by a small call."""
-    return _problem()
+def problem(width: int, psi: bool = False) -> str | None:
+    """Return why FlexAttention does not run on this GPU with heads of a width, or None.
+
+    Each process finds out once, by a small call. `psi`: as `attend_psi`, whose kernel needs more shared memory.
+    """
+    return _problem(width, psi)
 
 
 # The same as torch.compiler.assume_constant_result, without the second that importing the compiler takes.
@@ -86,13 +90,19 @@ problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 @torch.no_grad()
-def _problem() -> str | None:
+def _problem(width: int, psi: bool) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    shapes = *[(2, 2, 33, 32)] * 3, *[(2, 4, 33, 2)] * 2, (2, 33, 4)
+    tokens = 160  # for fewer than 128, PyTorch has another kernel
+    shapes: list[tuple[int, ...]] = [(2, 2, tokens, width)] * 3
+    shapes += [(2, 5)] if psi else [*[(2, 4, tokens, 2)] * 2, (2, tokens, 4)]
     try:
-        tensors = [torch.randn(shape, generator=generator).cuda() for shape in shapes]
-        call = FourierCall._make((*tensors, None, None, "zero"))
-        output, expected = attend(call), reference.attend(call)
+        here = [torch.randn(shape, generator=generator) for shape in shapes]
+        tensors = [tensor.cuda() for tensor in here]
+        if psi:
+            output, expected = attend_psi(*tensors), attend_psi(*here).cuda()
+        else:
+            call = FourierCall._make((*tensors, None, None, "zero"))
+            output, expected = attend(call), reference.attend(call)
     except Exception as error:  # of any kind: from the compiler, from what it calls, or from the driver
         return f"FlexAttention does not run on this GPU: {str(error).strip().partition(chr(10))[0]}"
     distance = float((output - expected).norm() / expected.norm())

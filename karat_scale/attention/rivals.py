@@ -71,7 +71,7 @@ class PointwiseHeads(AttentionHeads):
         if layer.biased or layer.masked:
             return _BIAS_OR_MASK
         width = flex.width_refusal(layer.width) if layer.device.type == "cuda" else None
-        return width or flex.device_refusal(layer.device)
+        return width or flex.device_refusal(layer.device, layer.width)
 
     def _rule(self) -> Rule:
         def rule(scores: Tensor, keep: Tensor | None) -> Tensor:

@@ -121,6 +121,7 @@ def test_auto_takes_it_on_a_gpu_where_the_kernels_cannot_run(width, dtype, chose
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU answers")
 def test_a_machine_that_cannot_run_it_is_told_in_one_line():
-    why = flex.problem()
-    assert why.startswith("FlexAttention does not run on this GPU: ")
-    assert "\n" not in why
+    for psi in (False, True):
+        why = flex.problem(64, psi)
+        assert why.startswith("FlexAttention does not run on this GPU: ")
+        assert "\n" not in why

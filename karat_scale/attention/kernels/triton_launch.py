@@ -54,8 +54,7 @@ _NO_STRIDES = (0, 0, 0, 0)
 class Launch:
     """A kernel with its grid and all arguments but the tensors, which come first.
 
-    Call it with the tensors, and with whether all their addresses are multiples of 16: for that case Triton compiles a
-    separate kernel.
+    Call it with the tensors, and with their `alignment`, for each of which Triton compiles a kernel of its own.
     """
 
     def __init__(
@@ -67,20 +66,21 @@ class Launch:
         ordered = [constants[name] for name in names if name in constants]
         assert names[len(names) - len(constants) :] == [name for name in names if name in constants]
         self._tail = (*numbers, *ordered)
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}
 
-    def __call__(self, *tensors: Any, aligned: bool = True) -> None:
+    def __call__(self, *tensors: Any, aligned: int) -> None:
         """Launches on the current device and stream."""
-        if aligned and self._compiled is not None:
-            self._compiled(*tensors, *self._tail)
+        known = self._compiled.get(aligned)
+        if known is not None:
+            known(*tensors, *self._tail)
             return
         try:
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         except OutOfResources:  # without prefetching it needs about half of the shared memory
             self.options = {**self.options, "num_stages": 1}
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
-        if aligned and compiled is not None:
-            self._compiled = compiled[self.grid]
+        if compiled is not None:
+            self._compiled[aligned] = compiled[self.grid]
 
 
 class ForwardPlan:
@@ -275,13 +275,12 @@ def room(grad: Tensor) -> Tensor:
     return grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
-def are_aligned(*tensors: Tensor | None) -> bool:
-    """Return whether all addresses are multiples of 16."""
-    addresses = 0
+def alignment(*tensors: Tensor | None) -> int:
+    """Return which tensors have addresses that are multiples of 16, as bits: Triton specialises kernels on that."""
+    bits = 0
     for tensor in tensors:
-        if tensor is not None:
-            addresses |= tensor.data_ptr()
-    return addresses & 15 == 0
+        bits = 2 * bits + (tensor is None or tensor.data_ptr() & 15 == 0)
+    return bits
 
 
 def device_of(tensor: Tensor) -> Any:
@@ -314,7 +313,7 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], call: Fourie
             sizes, chosen = _sizes(q, v, cos), products(dtype, coef.dtype == torch.float16)
             every = *strides, output.stride()
             plan = _forward_plans[signature] = ForwardPlan(sizes, chosen, base, every, reader.shape[:2])
-        aligned = are_aligned(q, k, v, cos, sin, w, added, keep)
+        aligned = alignment(q, k, v, cos, sin, w, added, keep)
         plan.prepare(cos, sin, w, v, keep, coef, coef_scale, narrow, bits, aligned=aligned)
         plan.forward(q, k, added, bits, coef, coef_scale, narrow, w, v, output, hidden, aligned=aligned)
 
@@ -356,7 +355,7 @@ def backward(
         if plan is None:
             sizes, chosen = _sizes(q, v, cos_coef), products(dtype, coef.dtype == torch.float16)
             plan = _backward_plans[signature] = BackwardPlan(sizes, chosen, base, strides, bias_by_image)
-        aligned = are_aligned(q, k, v, w, added, upstream)
+        aligned = alignment(q, k, v, w, added, upstream)
         batch, heads, tokens, _ = q.shape
         padded_rank = coef.shape[3]
         wide = torch.float32
@@ -386,7 +385,7 @@ def backward(
         plan.grad_key(*shared, grad_key, bias_parts, coef_parts, aligned=aligned)
         if plan.grad_coef is not None:
             plan.grad_coef(*shared, grad_key, None, coef_parts, aligned=aligned)
-        plan.reduce(coef_parts, proj_parts, *parameters, aligned=True)
+        plan.reduce(coef_parts, proj_parts, *parameters, aligned=alignment(*parameters))
     for grad, written in zip(grads, (*rows, *parameters), strict=True):
         if written is not grad:
             grad.copy_(written)
@@ -403,8 +402,11 @@ def _narrow_and_bits(reader: Tensor, mask: Tensor | None, query: Tensor) -> tupl
 
 
 def _spread(pairs: Tensor | None, query: Tensor) -> Tensor | None:
-    """A bias or a mask as [B, h, N, N]."""
-    return None if pairs is None else pairs.expand(*query.shape[:3], query.shape[2])
+    """A bias or a mask as [B, h, N, N], with rows near enough for the kernels' offsets of 32 bits."""
+    if pairs is None:
+        return None
+    spread = pairs.expand(*query.shape[:3], query.shape[2])
+    return spread if max(spread.stride()[2:]) * query.shape[2] < 2**31 else spread.contiguous()
 
 
 def _stride(pairs: Tensor | None) -> tuple[int, ...] | None:
@@ -426,7 +428,7 @@ def psi_forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: 
     heads = [rows_in(x, products.dtype) for x in (query, key, value)]
     with device_of(query):
         launch = _psi_launch("forward", heads, [output], psi, products)
-        launch(*heads, psi, output, aligned=are_aligned(*heads, psi, output))
+        launch(*heads, psi, output, aligned=alignment(*heads, psi, output))
 
 
 def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
@@ -437,7 +439,7 @@ def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
     grads = [torch.empty_like(x) for x in (query, key, value)]
     grad_query, grad_key, grad_value = rows = [room_for_rows(x) for x in grads]
     with device_of(query):
-        aligned = are_aligned(*heads, psi, upstream)
+        aligned = alignment(*heads, psi, upstream)
         launch = _psi_launch("grad_query", heads, [upstream, grad_query], psi, products)
         batch, count = query.shape[:2]
         partial = psi.new_empty((batch, count, launch.grid[0] // (batch * count), psi.shape[1]))

@@ -117,8 +117,11 @@ def test_kernels_of_a_forward_and_a_backward_pass(sizes, base, bias, mask, backw
     assert len(back) + len(extra) <= backward, extra
 
 
-def test_the_same_launch_is_not_bound_twice(monkeypatch):
-    given = arguments(sizes_of(16, 4, 2, tokens=20), torch.bfloat16)
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "off 16 bytes"])
+def test_the_same_launch_is_not_bound_twice(monkeypatch, offset):
+    """16-bit parameters lie off 16 bytes in the flat buffers of ZeRO stages 1 and 2."""
+    given = list(arguments(sizes_of(16, 4, 2, tokens=20), torch.bfloat16))
+    given[5] = torch.zeros(given[5].numel() + offset, dtype=torch.bfloat16)[offset:].view(given[5].shape)
     with fake_driver(90) as driver:
         first = triton_fourier._forward(*given, "zero")
         for plan in triton_launch._forward_plans.values():
@@ -141,6 +144,14 @@ def test_addresses_off_16_bytes_get_a_kernel_of_their_own():
         triton_fourier._forward(query, *rest, "zero")
         assert len(driver.binaries) > loaded
         assert len(driver.launches) == 6
+
+
+def test_a_bias_whose_rows_are_too_far_apart_for_offsets_of_32_bits_is_copied():
+    far = torch.empty(1, dtype=torch.float16, device="meta").as_strided((1, 2, 1025, 1025), (1, 12, 2_103_300, 2052))
+    query = torch.empty(1, 2, 1025, 64, device="meta")
+    assert triton_launch._spread(far, query).is_contiguous()
+    near = torch.empty(1, 1, 1025, 1025, device="meta")
+    assert triton_launch._spread(near, query).stride(1) == 0
 
 
 def test_gradients_are_laid_out_as_the_fake_kernels_promise():
