@@ -193,7 +193,8 @@ def detector_groups(model: Any, optim: AdamWConfig) -> Groups:
     above = [parameter for parameter in model.parameters() if parameter not in of_vit]
     for decays in (True, False):
         own = [p for p in above if (p.ndim > 1) == decays and p.requires_grad]
-        groups.append({"params": own, "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": 1.0})
+        if own:  # else all of them are frozen
+            groups.append({"params": own, "weight_decay": optim.weight_decay if decays else 0.0, "lr_scale": 1.0})
     return groups
 
 

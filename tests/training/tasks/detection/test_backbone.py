@@ -325,6 +325,9 @@ def test_rates_fall_block_by_block_below_the_pyramid_as_in_vitdet(small) -> None
     without = (vit.pos_embed, vit.blocks[0].norm1.weight, model.rpn.head.cls_logits.bias)
     assert all(of[id(parameter)]["weight_decay"] == 0.0 for parameter in without)
     assert of[id(model.rpn.head.cls_logits.weight)]["weight_decay"] == 0.1
+    for part in (model.backbone.pyramid, model.rpn, model.roi_heads):
+        part.requires_grad_(False)
+    assert all(group["params"] for group in detector_groups(model, recipe.optim))
 
 
 @pytest.mark.parametrize(
