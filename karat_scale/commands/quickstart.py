@@ -53,9 +53,12 @@ def quickstart() -> int:
             console.rule("what they learned")
             _run("analyze", *runs, "--only", "training", "content", "maps", "functions", "--out", str(REPORT))
     except subprocess.CalledProcessError as error:
-        if error.returncode in (EXIT_STOPPED, EXIT_INTERRUPTED):
+        code = error.returncode if error.returncode >= 0 else 128 - error.returncode  # as a shell gives a signal's
+        if code in (EXIT_STOPPED, EXIT_INTERRUPTED, 128 + signal.SIGTERM):
             console.print("stopped; run `karat quickstart` again to go on")
-        return error.returncode
+        elif error.returncode < 0:
+            console.print(f"ended by {signal.Signals(-error.returncode).name}; run `karat quickstart` again to go on")
+        return code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     _print_results(console)

@@ -120,7 +120,7 @@ def gigabytes(size: float) -> str:
 def duration(seconds: float) -> str:
     """Format a duration: "3 d 4 h" or "12 min 5 s" in at most two units; below a minute "4.5 s" or "120 ms"."""
     if seconds < 59.5:
-        return f"{seconds:.3g} s" if seconds >= 1 or seconds == 0 else f"{1e3 * seconds:.3g} ms"
+        return f"{seconds:.3g} s" if seconds >= 0.9995 or seconds == 0 else f"{1e3 * seconds:.3g} ms"
     left, parts = round(seconds), []
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, left = divmod(left, size)

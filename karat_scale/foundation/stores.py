@@ -33,7 +33,10 @@ T = TypeVar("T")
 _PASSING = (408, 425, 429)
 _NO_SUCH_RANGE = 416
 # Libraries' errors that no second try changes, by name, since these libraries may not be installed.
-_FINAL = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError", "NoSuchBucket")
+_FINAL = (
+    *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"),
+    *("NoSuchBucket", "ParamValidationError"),
+)
 
 
 class StoreError(DataError):
@@ -64,12 +67,18 @@ def judged(error: BaseException) -> tuple[str, bool]:
     for cause in causes(error):
         if isinstance(cause, FinalError):
             return str(cause), True
+        if isinstance(cause, TimeoutError):  # also one that S3 answers with status 400
+            return _NO_ANSWER, False
+        if isinstance(cause, OSError) and cause.errno is None and str(cause).startswith("Forbidden"):  # of gcsfs
+            return "access is refused; check the credentials that the store's library finds", True
+        if isinstance(cause, ValueError) and str(cause).startswith("Bad Request"):  # of gcsfs
+            return "it failed (HTTP 400)", True
         if (status := _status(cause)) is not None:
             what = {403: "access is refused", 401: "access is refused", 404: _MISSING}.get(status, "it failed")
             hint = "; check the credentials that the store's library finds" if status in (401, 403) else ""
             return f"{what} (HTTP {status}){hint}", status < 500 and status not in _PASSING
         if type(cause).__name__ in _FINAL or isinstance(cause, ssl.SSLCertVerificationError):
-            return f"{type(cause).__name__}; check the credentials, the endpoint and the certificates", True
+            return f"{type(cause).__name__}; check the name, the credentials, the endpoint and the certificates", True
     # fsspec makes one of any error while it asks a web server for a file's facts.
     if isinstance(error, FileNotFoundError) and not any(_is_of_connection(c) for c in causes(error) if c is not error):
         return _MISSING, True
@@ -129,7 +138,7 @@ def is_url(text: object) -> bool:
 
 
 def check_url(url: str) -> str:
-    """Return a URL without a slash at its end.
+    """Return a URL with its protocol in small letters, and without a slash at its end.
 
     Raises:
         ValueError: the protocol is unknown, the URL names no place, or it holds a credential. The message does not
@@ -149,7 +158,7 @@ def check_url(url: str) -> str:
         )
     if not parts.netloc:
         raise ValueError(f"{shown} names no bucket or server; write it after the //")
-    return url.rstrip("/")
+    return f"{parts.scheme}://{url.partition('://')[2].rstrip('/')}"
 
 
 def check_writable(url: str) -> None:

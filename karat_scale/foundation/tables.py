@@ -215,18 +215,20 @@ DECODERS = {
 class BasisRow:
     """A basis of the functions phi.
 
-    is_series: whether it is the Fourier series, which has kernels and can be initialised as softmax.
+    keys: the keys of the recipe's section that its constructor takes. is_series: whether it is the Fourier series,
+    which has kernels and can be initialised as softmax.
     """
 
     place: str
+    keys: tuple[str, ...] = ()
     is_series: bool = False
 
 
 BASES = {
-    "fourier": BasisRow("karat_scale.attention.bases.fourier:Fourier", is_series=True),
-    "bspline": BasisRow("karat_scale.attention.bases.polynomials:BSpline"),
-    "chebyshev": BasisRow("karat_scale.attention.bases.polynomials:Chebyshev"),
-    "rational": BasisRow("karat_scale.attention.bases.polynomials:Rational"),
+    "fourier": BasisRow("karat_scale.attention.bases.fourier:Fourier", ("grid",), is_series=True),
+    "bspline": BasisRow("karat_scale.attention.bases.polynomials:BSpline", ("grid", "degree", "range")),
+    "chebyshev": BasisRow("karat_scale.attention.bases.polynomials:Chebyshev", ("grid",)),
+    "rational": BasisRow("karat_scale.attention.bases.polynomials:Rational", ("orders",)),
     "mexican_hat": BasisRow("karat_scale.attention.bases.wavelets:MexicanHat"),
     "morlet": BasisRow("karat_scale.attention.bases.wavelets:Morlet"),
     "dog": BasisRow("karat_scale.attention.bases.wavelets:DerivativeOfGaussian"),

@@ -147,14 +147,20 @@ class AttentionConfig(Section):
 
     @property
     def keys_in_use(self) -> set[str]:
-        """The keys that have an effect with this kind. Of KArAt's, some need a form or a basis that takes them."""
+        """The keys that have an effect with this kind, form and basis."""
         # With softmax, a teacher's matrices need an implementation.
         of_each_kind = {"kind", "implementation", "transfer_from", "transfer_heads"}
         if not self.learns:
             return of_each_kind
         if self.blocks or self.row is None:
             return set(type(self).model_fields)
-        return {*of_each_kind, *self.row.keys, "mode", "blocks"}
+        keys = {*of_each_kind, *self.row.keys, "mode", "blocks"}
+        if self.kind == "karat":
+            if self.basis in BASES:
+                keys -= {"grid", "degree", "range", "orders"}.difference(BASES[self.basis].keys)
+            keys -= {"modes"} if self.form != "smooth" else set()
+            keys -= {"rank"} if self.form == "full_rank" else set()
+        return keys
 
     @property
     def has_functions(self) -> bool:
@@ -282,7 +288,7 @@ def describe_attention(attention: AttentionConfig) -> str:
         f"block{'s' * (len(numbers) > 1)} {text}: {describe_attention(section)}"
         for text, numbers, section in attention.ranges()
     ]
-    return "; ".join([_describe(attention), *own])
+    return "; ".join([_describe(attention.sections[0]), *own])
 
 
 def _describe(attention: AttentionConfig) -> str:
@@ -296,13 +302,16 @@ def _describe(attention: AttentionConfig) -> str:
 
 
 def _details(attention: AttentionConfig) -> list[str]:
-    taken = attention.row.keys if attention.row else ()
+    taken = attention.keys_in_use if attention.row else set()
+    first, second = attention.orders
     details = {
         attention.basis: "basis" in taken,
         attention.form: "form" in taken,
         attention.mode: True,
         f"grid {attention.grid}": "grid" in taken,
-        f"rank {attention.rank}": "rank" in taken and attention.form != "full_rank",
+        f"degree {attention.degree}": "degree" in taken,
+        f"orders {first} and {second}": "orders" in taken,
+        f"rank {attention.rank}": "rank" in taken,
         "on the simplex": attention.simplex is True,
         "hidden units on the simplex": attention.simplex == "hidden",
         "without scores": not attention.scores,

@@ -85,6 +85,8 @@ class OneOf:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+# At most four months, as clocks do not hold what some type for "never".
+Duration = Annotated[float, Field(gt=0.0, le=1e7)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Triple = tuple[float, float, float]
@@ -253,7 +255,7 @@ class SaveConfig(Section):
     url: str = ""
     """A URL of this run alone, s3:// or gs://, where its checkpoints and log are copied. A start resumes from there if
     the run directory has an older checkpoint or none."""
-    timeout: Positive = 300.0
+    timeout: Duration = 300.0
     """Seconds that the store at `checkpoint.url` may take for a request or a part of a file."""
 
     @field_validator("local")

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from karat_scale.foundation.stores import check_url, is_url
 from karat_scale.foundation.tables import BACKENDS, DECODERS, BackendRow, Files
-from karat_scale.recipe.base import Count, Effect, Fraction, NonNegative, OneOf, Positive, Section, Triple
+from karat_scale.recipe.base import Count, Duration, Effect, Fraction, NonNegative, OneOf, Positive, Section, Triple
 
 _LABELS = ("cls", "txt", "path")
 # A user in a URL, or a query; a shell variable may stand for both.
@@ -72,7 +72,7 @@ class DataConfig(Section):
     `order: stream`, a run that resumes with another number begins a new pass over the tars."""
     prefetch: Annotated[Count, Effect.SPEED] = 4
     """Batches that each worker (dali, nvjpeg: each rank) prepares ahead."""
-    timeout: Annotated[Positive, Effect.NOTHING] = 300.0
+    timeout: Annotated[Duration, Effect.NOTHING] = 300.0
     """Seconds a batch may take. After that, the run ends with an error that names what it waited for."""
     cache_gb: Annotated[Positive, Effect.SPEED] = 20.0
     """Gigabytes that a node keeps of a data set at a URL. docs/data.md says where, and how much is needed."""

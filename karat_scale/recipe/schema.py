@@ -16,10 +16,10 @@ from karat_scale.recipe.attention import AttentionConfig
 from karat_scale.recipe.base import (
     CheckpointConfig,
     Count,
+    Duration,
     Effect,
     Fraction,
     LogConfig,
-    Positive,
     ResumeConfig,
     SaveConfig,
     Section,
@@ -48,7 +48,7 @@ class RunConfig(Section):
     device: Annotated[Literal["auto", "cpu", "cuda"], Effect.ROUNDING] = "auto"
     """The device to train on. `auto` uses CUDA if there is a GPU."""
 
-    peer_timeout_minutes: Annotated[Positive, Effect.NOTHING] = 30.0
+    peer_timeout_minutes: Annotated[Duration, Effect.NOTHING] = 30.0
     """Minutes that a rank waits for another one, at the start and in training, before the run ends."""
 
     @field_validator("name")

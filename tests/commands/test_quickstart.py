@@ -52,6 +52,22 @@ def test_a_start_that_was_stopped_between_two_splits_goes_on(shards: Path, tmp_p
     assert not quickstart._is_prepared()
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(signal.SIGKILL, "ended by SIGKILL; run `karat quickstart` again"), (signal.SIGTERM, "stopped; run `karat")],
+)
+def test_a_part_that_a_signal_ended_is_told_with_the_code_of_a_shell(
+    tmp_path: Path, monkeypatch, capsys, number: signal.Signals, said: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\nkill -{number.value} $$\n")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(program))
+    assert quickstart.quickstart() == 128 + number
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
 def test_a_signal_waits_until_the_run_has_saved(
     tmp_path: Path, send: Callable[[int, int], None], number: signal.Signals

@@ -23,7 +23,7 @@ from karat_scale.foundation.console import (
 from tests.conftest import forked
 
 DURATIONS = {
-    **{0: "0 s", 0.0123: "12.3 ms", 4.5: "4.5 s", 59.4: "59.4 s", 59.9: "1 min", 125: "2 min 5 s"},
+    **{0: "0 s", 0.0123: "12.3 ms", 0.9996: "1 s", 4.5: "4.5 s", 59.4: "59.4 s", 59.9: "1 min", 125: "2 min 5 s"},
     **{3600: "1 h", 90_000: "1 d 1 h", 93_661: "1 d 2 h"},
 }
 

@@ -1,6 +1,7 @@
 """The tables of parts: a row leads to its code, a part is one module and one row, and foreign parts need trust."""
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -36,6 +37,12 @@ def test_a_row_leads_to_its_code() -> None:
         for row in table.values()
     ):
         assert callable(tables.load(row if isinstance(row, str) else row.place)), row
+
+
+def test_a_bases_row_names_the_keys_that_its_constructor_takes() -> None:
+    keys = {"grid", "degree", "range", "orders"}
+    for row in tables.BASES.values():
+        assert set(row.keys) == keys.intersection(inspect.signature(tables.load(row.place)).parameters)
 
 
 def test_extras_are_those_of_the_project(tmp_path, monkeypatch) -> None:

@@ -143,6 +143,9 @@ def test_a_recipe_says_and_keeps_its_blocks(tmp_path) -> None:
         "softmax attention; blocks 8-11: Kolmogorov-Arnold attention (fourier, modular, blockwise, grid 5, rank 12); "
         "block 3: a learned constant matrix as attention (blockwise)"
     )
+    for basis, own in {"rational": "orders 5 and 4, ", "bspline": "grid 3, degree 3, ", "morlet": ""}.items():
+        karat = load_recipe("imagenet_vit_tiny", ["attention.kind=karat", f"attention.basis={basis}"])
+        assert describe_attention(karat.attention).endswith(f" ({basis}, modular, blockwise, {own}rank 12)")
     again = tmp_path / "again.yaml"
     again.write_text(dump_recipe(recipe))
     assert load_recipe(again) == recipe

@@ -242,11 +242,14 @@ def _is_plain(text: str) -> bool:
 def _refuse_idle_keys(runs: Sequence[PlannedRun]) -> None:
     """Raise UserError for a key of attention that varies but has no effect in any run."""
     kinds = " or ".join(dict.fromkeys(run.recipe.attention.kind for run in runs))
+    own = runs[0].recipe.attention
+    if kinds == "karat":
+        why, fix = f"attention.basis = {own.basis} and attention.form = {own.form}", "leave it out"
+    else:
+        why, fix = f"attention.kind = {kinds}", "set attention.kind=karat"
     for key in (setting.partition("=")[0] for setting in runs[0].point.settings):
         if all(key in _idle_keys(run.recipe.attention) for run in runs):
-            raise UserError(
-                f"{key} has no effect with attention.kind = {kinds}, which all runs have; set attention.kind=karat"
-            )
+            raise UserError(f"{key} has no effect with {why}, which all runs have; {fix}")
 
 
 def _idle_keys(attention: AttentionConfig) -> set[str]:
@@ -268,7 +271,7 @@ def _without_twins(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
             raise UserError(f"{written} are the same recipe; leave one out")
         twins.append(f"{run.point.name} is the same as {one.point.name}")
     if twins:
-        left = f"{plural(len(twins), 'run')} left out, as a key has no effect with their attention.kind"
+        left = f"{plural(len(twins), 'run')} left out, as a key has no effect with their attention"
         print(f"note: {left}: {few(twins, most=1)}", file=sys.stderr)
     return tuple(first.values())
 

@@ -168,6 +168,13 @@ def test_a_key_of_karat_does_not_vary_among_softmax_models(recipe: Path) -> None
     said = r"^attention.grid has no effect with attention.kind = softmax.* set attention.kind=karat$"
     with pytest.raises(UserError, match=said):
         planned(recipe, softmax, "run.seed=0,1", "attention.grid=1,2")
+    morlet, full_rank = ("attention.kind=karat", "attention.basis=morlet"), ("attention.form=full_rank",)
+    said = "^attention.grid has no effect with attention.basis = morlet and attention.form = modular, .*; leave it out$"
+    with pytest.raises(UserError, match=said):
+        planned(recipe, *morlet, "attention.grid=1,3")
+    assert len(planned(recipe, "attention.kind=karat", "attention.basis=morlet,fourier", "attention.grid=1,3")) == 3
+    with pytest.raises(UserError, match=r"^attention.rank has no effect with .* attention.form = full_rank"):
+        planned(recipe, "attention.kind=karat", *full_rank, "attention.rank=4,12")
     assert len(planned(recipe, softmax, "attention.transfer_from=null,elsewhere")) == 2
     assert len(planned(recipe, softmax, "attention.transfer_from=x", "attention.transfer_heads=same,cycle")) == 2
     assert len(planned(recipe, softmax, "attention.grid=1", "run.seed=0,1")) == 2
@@ -183,7 +190,7 @@ def test_a_model_of_softmax_is_trained_once_for_all_values_of_a_key_of_karat(rec
     ]
     (note,) = capsys.readouterr().err.splitlines()
     assert note == (
-        "note: 2 runs left out, as a key has no effect with their attention.kind: "
+        "note: 2 runs left out, as a key has no effect with their attention: "
         "grid-2_kind-softmax_seed-0 is the same as grid-1_kind-softmax_seed-0, ..."
     )
     others = ("attention.kind=sigmoid,query_only,centred", "attention.base=zero,silu", "attention.grid=2,3")

@@ -93,7 +93,8 @@ def test_https(tars, tmp_path, nginx):
     )
     assert refused.returncode == 2
     assert refused.stderr.strip() == (
-        f"error: {url}: ClientConnectorCertificateError; check the credentials, the endpoint and the certificates"
+        f"error: {url}: ClientConnectorCertificateError; check the name, the credentials, the endpoint and the "
+        "certificates"
     )
     assert done.returncode == 0, done.stderr
     assert "64 samples of 4 classes" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from karat_scale.data.shards.shard_format import read_dataset_record
 from karat_scale.data.shards.shards import ShardSplit
 from karat_scale.foundation.errors import DataError
-from karat_scale.foundation.stores import ChangedFileError, FileFacts, Store, StoreError, check_url, is_url
+from karat_scale.foundation.stores import ChangedFileError, FileFacts, Store, StoreError, check_url, is_url, judged
 from tests.conftest import free_port, karat_environment, karat_here
 from tests.data.tars import image, write_tar
 from tests.servers import Answering, FaultyProxy, serving
@@ -29,9 +29,35 @@ def files(tmp_path):
     return directory
 
 
+@pytest.mark.parametrize(
+    ("status", "content", "what"),
+    [
+        (403, b"", "access is refused; check the credentials that the store's library finds"),
+        (400, b'{"error": {"message": "invalid bucket"}}', "it failed (HTTP 400)"),
+    ],
+)
+def test_an_answer_of_google_that_no_try_changes_is_final(status, content, what):
+    retry = pytest.importorskip("gcsfs.retry", reason="gcsfs is not installed: pip install -e '.[remote]'")
+    with pytest.raises((OSError, ValueError)) as refused:
+        retry.validate_response(status, content, "bucket/set")
+    assert judged(refused.value) == (what, True)
+
+
+def test_an_upload_that_stalls_is_tried_again_and_a_name_that_no_bucket_has_is_not():
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install -e '.[remote]'")
+    exceptions = pytest.importorskip("botocore.exceptions")
+    answer = {"Error": {"Code": "RequestTimeout"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+    stalled = s3fs.errors.translate_boto_error(exceptions.ClientError(answer, "UploadPart"))
+    assert judged(stalled) == ("no answer came in time", False)
+    what, is_final = judged(exceptions.ParamValidationError(report="Invalid bucket name"))
+    assert is_final
+    assert what.startswith("ParamValidationError; check the name, ")
+
+
 def test_urls():
     assert [is_url(text) for text in ("s3://a/b", "HTTPS://a", "data/a", "/a//b", "a:b", None)] == [1, 1, 0, 0, 0, 0]
     assert check_url("hf://datasets/user/set@main/train/") == "hf://datasets/user/set@main/train"
+    assert check_url("S3://Bucket/set") == "s3://Bucket/set"
     for wrong, line in {
         "ftp://a/b": "ftp:// is not supported; use s3://, gs://, https://, http:// or hf://",
         "s3://": "s3:// names no bucket or server; write it after the //",

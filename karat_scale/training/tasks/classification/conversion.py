@@ -8,7 +8,6 @@ keeps the result until the run has a checkpoint, and the report on it for good. 
 The ranks share the blocks, and each reads all the images.
 """
 
-import inspect
 import itertools
 import json
 import math
@@ -27,7 +26,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from karat_scale.attention.bases import basis_class
 from karat_scale.checkpoint.tensor_storage import read_metadata
 from karat_scale.data.augmentation.device_augment import Normalize
 from karat_scale.data.backends import Backend, ImageSpec
@@ -90,11 +88,7 @@ def take_original(model: nn.Module, recipe: Recipe, weights: Mapping[str, Tensor
 
 def _function(section: AttentionConfig) -> dict[str, Any]:
     """Return the keys of a block's section on which its attention depends, given the parameters."""
-    ignored = {"init", "implementation"}
-    if section.kind == "karat":
-        ignored |= {"grid", "degree", "range", "orders"} - set(inspect.signature(basis_class(section.basis)).parameters)
-        ignored |= {"modes"} if section.form != "smooth" else set()
-    return section.model_dump(include=section.keys_in_use - ignored)
+    return section.model_dump(include=section.keys_in_use - {"init", "implementation"})
 
 
 def begin_conversion(
