@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from karat_scale.commands.bench.training import case_of
-from karat_scale.commands.measure.attention import SDPA, Case, clock_for, forward_backward, peak_memory
-from karat_scale.commands.measure.interleaved import interleaved_seconds
+from karat_scale.commands.measure.attention import SDPA, Case, passes, peak_memory, seconds_of
 from karat_scale.commands.parsers.preparing import add_attention_options
 from karat_scale.foundation.arguments import OneLineParser, count
 from karat_scale.foundation.console import print_table, write_json
@@ -39,10 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
 def curve_point(case: Case, rounds: int, threads: int) -> dict[str, Any]:
     """Time and peak memory of the operator at the case's N, and their ratios to SDPA's."""
     contenders = (SDPA, AUTO)
-    both = interleaved_seconds(
-        {name: forward_backward(name, case) for name in contenders}, rounds, clock_for(case.device, threads)
-    )
     memory = {name: peak_memory(name, case) for name in contenders}
+    runs = {name: passes(case.attend_by(name), case.inputs())[1] for name in contenders}
+    both = seconds_of(runs, case.device, rounds, threads)
     return {
         "tokens": case.tokens,
         "forward_backward_ms": round(1e3 * both.median(AUTO), 3),

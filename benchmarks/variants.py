@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.attention_trials import ARMS, GONE, RECIPE
 from karat_scale.attention.operator import layer_input
-from karat_scale.commands.measure.attention import Attend, passes
+from karat_scale.commands.measure.attention import passes
 from karat_scale.commands.measure.interleaved import interleaved_seconds, processor_seconds
 from karat_scale.foundation.arguments import OneLineParser, count, new_file
 from karat_scale.foundation.console import print_table, write_json
@@ -41,14 +41,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.manual_seed(0)
     inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
     tokens = torch.randn(options.batch, options.tokens, HEADS * WIDTH)
-    kinds: dict[str, Attend] = {SOFTMAX: scaled_dot_product_attention}
+    both = {SOFTMAX: passes(scaled_dot_product_attention, inputs)[1]}
     for arm in options.only or KINDS:
         attention = load_recipe(RECIPE, ["data.path=.", *KINDS[arm]]).attention
         heads = operator_maker(attention)(options.tokens, HEADS, WIDTH)
-        kinds[arm] = partial(heads, **layer_input(heads, tokens))
-    both = {arm: passes(attend, inputs)[1] for arm, attend in kinds.items()}
+        attend = partial(heads, **layer_input(heads, tokens))
+        both[arm] = passes(attend, inputs, tuple(heads.parameters()))[1]
     seconds = interleaved_seconds(both, options.rounds, processor_seconds)
-    ratios = {arm: round(seconds.ratio(arm, SOFTMAX), 2) for arm in kinds}
+    ratios = {arm: round(seconds.ratio(arm, SOFTMAX), 2) for arm in both}
     title = f"forward and backward at {list(shape)}, over scaled_dot_product_attention"
     print_table(title, ("kind of attention", "time"), [(arm, f"{ratio:.2f}") for arm, ratio in ratios.items()])
     write_json(options.json, {"shape": shape, "rounds": options.rounds, "ratios": ratios})

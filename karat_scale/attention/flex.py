@@ -16,7 +16,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -152,7 +152,10 @@ def _attend_by(log: Callable[..., Tensor], *heads: Tensor) -> tuple[Tensor, Tens
     with _with_vmap(), torch.compiler.set_stance("force_eager" if on_cpu else "default"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         attend: Any = flex_attention if on_cpu else _compiled()
-        read, kept = attend(*given, log, return_aux=AuxRequest(lse=True))
+        # All functions, shapes and precisions are signatures of one compiled function; the default limit is 8.
+        many = nullcontext() if on_cpu else torch._dynamo.config.patch(recompile_limit=256)
+        with many:
+            read, kept = attend(*given, log, return_aux=AuxRequest(lse=True))
     return read, kept.lse.to(read.dtype).exp().unsqueeze(-1)
 
 
@@ -203,12 +206,14 @@ def _psi_forward(query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> Tens
     # psi + shift is at least a fifth of its largest swing: far enough from 0.
     swing = psi[:, 1:].abs().sum(1).clamp(min=torch.finfo(psi.dtype).tiny)
     shift = 1.2 * swing - psi[:, 0]
+    # No index may hold G: a compiled function that has seen two values of it indexes by a symbol, which fails.
+    constant, of_cos, of_sin = psi[:, 0] + shift, psi[:, 1 : grid + 1], psi[:, grid + 1 :]
 
     def log_psi(score: Tensor, item: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        positive = psi[head, 0] + shift[head]
+        positive = constant[head]
         for order in range(1, grid + 1):
             cos, sin = torch.cos(order * score), torch.sin(order * score)
-            positive = positive + psi[head, order] * cos + psi[head, grid + order] * sin
+            positive = positive + of_cos[head, order - 1] * cos + of_sin[head, order - 1] * sin
         return torch.log(positive)
 
     with full_precision(query.device):

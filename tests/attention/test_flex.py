@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 from karat_scale.attention import flex, fourier_karat_attention
 from karat_scale.attention.call import FourierCall
@@ -65,6 +66,27 @@ def test_psi_of_the_content_form_agrees_with_its_formula(tokens):
     assert max(relative_errors(*by_name.values())) < 1e-12
     module = content_module(tokens, implementation="flex")
     assert max(relative_errors(gradients_of(module, [x.float() for x in heads], upstream), by_name["reference"])) < 1e-5
+
+
+def test_one_compiled_flex_attention_takes_many_functions(monkeypatch):
+    """As on a GPU, but for the backend. Before the fix, the second G failed, and so did the ninth signature."""
+
+    def attend_by(log, *heads):
+        with flex._with_vmap(), torch._dynamo.config.patch(recompile_limit=256):
+            read, kept = compiled(*heads, log, return_aux=AuxRequest(lse=True))
+        return read, kept.lse.to(read.dtype).exp().unsqueeze(-1)
+
+    compiled = torch.compile(flex_attention, fullgraph=True, backend="eager")
+    heads = make_call(2, 2, 20, 16, 4, 3, seed=1)[:3]
+    cases = [
+        (grid, [x.detach().float()[:, :, :tokens] for x in heads]) for grid in (2, 3, 5) for tokens in (10, 15, 20)
+    ]
+    drawn = [torch.randn(2, 2 * grid + 1, generator=torch.Generator().manual_seed(grid)) for grid, _ in cases]
+    with torch.no_grad():
+        expected = [flex.attend_psi(*given, psi) for (_, given), psi in zip(cases, drawn, strict=True)]
+        monkeypatch.setattr(flex, "_attend_by", attend_by)
+        actual = [flex.attend_psi(*given, psi) for (_, given), psi in zip(cases, drawn, strict=True)]
+    assert max(relative_errors(actual, expected)) < 1e-5
 
 
 def test_sigmoid_and_polynomial_attention_agree_with_their_formulas(pointwise):

@@ -8,8 +8,9 @@ import ctypes
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,14 @@ from torch.nn import functional
 
 from karat_scale.attention import FourierKaratOperator, KaratOperator, make_basis
 from karat_scale.attention.variants import ContentOperator
-from karat_scale.commands.measure.interleaved import cuda_peak, interleaved_seconds
+from karat_scale.commands.measure.interleaved import (
+    Rounds,
+    calls_for,
+    cuda_peak,
+    device_seconds,
+    interleaved,
+    interleaved_seconds,
+)
 from karat_scale.engine.distributed import wait_for
 from karat_scale.foundation.errors import UserError, one_line
 
@@ -90,10 +98,15 @@ class Case:
             return operator.to(self.device)
 
 
-def passes(attend: Attend, inputs: Sequence[Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return a forward pass, and one with all gradients, as functions that do not wait for the device."""
+def passes(
+    attend: Attend, inputs: Sequence[Tensor], parameters: Iterable[Tensor] = ()
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Return a forward pass, and one with all gradients, as functions that do not wait for the device.
+
+    parameters: those of an `attend` that is no module.
+    """
     grad_output = torch.ones_like(inputs[2])
-    leaves = [*inputs, *(attend.parameters() if isinstance(attend, nn.Module) else ())]
+    leaves = [*inputs, *(attend.parameters() if isinstance(attend, nn.Module) else parameters)]
 
     def forward() -> None:
         with torch.no_grad():
@@ -150,9 +163,13 @@ def _status_mb(key: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def clock_for(device: str, threads: int) -> Callable[[], float]:
-    """Return the process's CPU time for one thread, since other processes do not affect it; else the wall clock."""
-    return time.process_time if device == "cpu" and threads == 1 else time.perf_counter
+def seconds_of(contenders: Mapping[str, Callable[[], None]], device: str, rounds: int, threads: int) -> Rounds:
+    """Return the interleaved seconds of functions that do not wait for the device: on a GPU, those of its own work."""
+    if device == "cpu":
+        # Other processes do not affect the processor time.
+        return interleaved_seconds(contenders, rounds, time.process_time if threads == 1 else time.perf_counter)
+    timed = {name: partial(device_seconds, run, calls_for(run, device), device) for name, run in contenders.items()}
+    return interleaved(timed, rounds)
 
 
 def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int = 1) -> list[dict[str, Any]]:
@@ -162,24 +179,19 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
         UserError: none of them can.
     """
     case.check()
-    runnable, why = [], []
-    for name in names:
+    memory, why = {}, []
+    for name in (SDPA, SOFTMAX, *names):  # all before this process uses the card, which may admit only one at a time
         try:
-            case.attend_by(name)(*replace(case, batch=1).inputs())
-            runnable.append(name)
+            memory[name] = peak_memory(name, case)
         except ValueError as error:
             why.append(f"{name}: {one_line(error)}")
-    if not runnable:
+    if not memory.keys() & set(names):
         raise UserError(f"no implementation can run this: {'; '.join(why)}; name others by --only")
     for line in why:
         print(f"not measured: {line}")
-    contenders = [SDPA, SOFTMAX, *runnable]
-    memory = {name: peak_memory(name, case) for name in contenders}
-    pairs = {name: passes(case.attend_by(name), case.inputs()) for name in contenders}
-    clock = clock_for(case.device, threads)
+    pairs = {name: passes(case.attend_by(name), case.inputs()) for name in memory}
     forward, both = (
-        interleaved_seconds({name: waiting(pair[way], case.device) for name, pair in pairs.items()}, rounds, clock)
-        for way in (0, 1)
+        seconds_of({name: pair[way] for name, pair in pairs.items()}, case.device, rounds, threads) for way in (0, 1)
     )
     return [
         {
@@ -193,5 +205,5 @@ def attention_rows(case: Case, rounds: int, names: Sequence[str], threads: int =
             "ratio_forward_to_softmax": round(forward.ratio(name, SOFTMAX), 3),
             "ratio_forward_backward_to_softmax": round(both.ratio(name, SOFTMAX), 3),
         }
-        for name in contenders
+        for name in memory
     ]
