@@ -45,8 +45,17 @@ def refusal(call: FourierCall) -> str | None:
     device = call.query.device
     if device.type == "cpu":
         return _base_or_mask(call)
-    width = max(call.query.shape[-1], call.value.shape[-1])
-    return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device, width)
+    return (call_refusal(call) if device.type == "cuda" else None) or device_refusal(device, _width(call))
+
+
+def psi_refusal(call: FourierCall) -> str | None:
+    """Return why `attend_psi` cannot take the content form of a call that `attend` takes, or None."""
+    return problem(_width(call), psi=True) if call.query.device.type == "cuda" else None
+
+
+def _width(call: FourierCall) -> int:
+    """The width of the heads that FlexAttention's kernels are to take."""
+    return max(call.query.shape[-1], call.value.shape[-1])
 
 
 def device_refusal(device: torch.device, width: int) -> str | None:

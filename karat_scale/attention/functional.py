@@ -135,9 +135,7 @@ def content_kernel(call: FourierCall, implementation: str) -> str | None:
     if call.bias is not None or call.mask is not None:
         return None
     name = next((name for name in ("cpu", "triton", "flex") if attend is IMPLEMENTATIONS[name]), None)
-    if name == "flex" and call.query.device.type == "cuda":
-        return None if flex.problem(max(call.query.shape[-1], call.value.shape[-1]), psi=True) else name
-    return name
+    return None if name == "flex" and flex.psi_refusal(call) else name
 
 
 # The implementations chosen so far, by what calls look like, on devices where checking takes longer than launching.

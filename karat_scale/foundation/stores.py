@@ -60,6 +60,7 @@ NO_SIZE = "the server does not say how large the file is; use one that does"
 
 
 _NO_ANSWER = "no answer came in time"
+_CREDENTIALS = "; check the credentials that the store's library finds"
 
 
 def judged(error: BaseException) -> tuple[str, bool]:
@@ -69,13 +70,9 @@ def judged(error: BaseException) -> tuple[str, bool]:
             return str(cause), True
         if isinstance(cause, TimeoutError):  # also one that S3 answers with status 400
             return _NO_ANSWER, False
-        if isinstance(cause, OSError) and cause.errno is None and str(cause).startswith("Forbidden"):  # of gcsfs
-            return "access is refused; check the credentials that the store's library finds", True
-        if isinstance(cause, ValueError) and str(cause).startswith("Bad Request"):  # of gcsfs
-            return "it failed (HTTP 400)", True
         if (status := _status(cause)) is not None:
             what = {403: "access is refused", 401: "access is refused", 404: _MISSING}.get(status, "it failed")
-            hint = "; check the credentials that the store's library finds" if status in (401, 403) else ""
+            hint = _CREDENTIALS if status in (401, 403) else ""
             return f"{what} (HTTP {status}){hint}", status < 500 and status not in _PASSING
         if type(cause).__name__ in _FINAL or isinstance(cause, ssl.SSLCertVerificationError):
             return f"{type(cause).__name__}; check the name, the credentials, the endpoint and the certificates", True
@@ -83,7 +80,7 @@ def judged(error: BaseException) -> tuple[str, bool]:
     if isinstance(error, FileNotFoundError) and not any(_is_of_connection(c) for c in causes(error) if c is not error):
         return _MISSING, True
     if isinstance(error, PermissionError):
-        return "access is refused; check the credentials that the store's library finds", True
+        return f"access is refused{_CREDENTIALS}", True
     if any(isinstance(cause, TimeoutError) or "Timeout" in type(cause).__name__ for cause in causes(error)):
         return _NO_ANSWER, False
     if isinstance(error, EOFError):
@@ -107,6 +104,10 @@ def _status(error: BaseException) -> int | None:
     """Return the HTTP status of the answer that caused an error of any of the libraries; None without one."""
     if type(error).__module__.startswith("aiohttp.http_"):  # of aiohttp's parser: the code is its own, of a cut answer
         return None
+    if isinstance(error, OSError) and error.errno is None and str(error).startswith("Forbidden"):  # of gcsfs
+        return 403
+    if isinstance(error, ValueError) and str(error).startswith("Bad Request"):  # of gcsfs
+        return 400
     response = getattr(error, "response", None)
     if isinstance(response, Mapping):
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -54,7 +54,8 @@ _NO_STRIDES = (0, 0, 0, 0)
 class Launch:
     """A kernel with its grid and all arguments but the tensors, which come first.
 
-    Call it with the tensors, and with their `alignment`, for each of which Triton compiles a kernel of its own.
+    Call it with the tensors, and with `alignment_of` those that a caller gave: Triton compiles a kernel for each. Where
+    all are our own allocations, it is always the same.
     """
 
     def __init__(
@@ -68,9 +69,9 @@ class Launch:
         self._tail = (*numbers, *ordered)
         self._compiled: dict[int, Any] = {}
 
-    def __call__(self, *tensors: Any, aligned: int) -> None:
+    def __call__(self, *tensors: Any, alignment: int = 0) -> None:
         """Launches on the current device and stream."""
-        known = self._compiled.get(aligned)
+        known = self._compiled.get(alignment)
         if known is not None:
             known(*tensors, *self._tail)
             return
@@ -80,7 +81,7 @@ class Launch:
             self.options = {**self.options, "num_stages": 1}
             compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
         if compiled is not None:
-            self._compiled[aligned] = compiled[self.grid]
+            self._compiled[alignment] = compiled[self.grid]
 
 
 class ForwardPlan:
@@ -275,7 +276,7 @@ def room(grad: Tensor) -> Tensor:
     return grad if grad.is_contiguous() else torch.empty_like(grad, memory_format=torch.contiguous_format)
 
 
-def alignment(*tensors: Tensor | None) -> int:
+def alignment_of(*tensors: Tensor | None) -> int:
     """Return which tensors have addresses that are multiples of 16, as bits: Triton specialises kernels on that."""
     bits = 0
     for tensor in tensors:
@@ -313,9 +314,9 @@ def forward(outputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], call: Fourie
             sizes, chosen = _sizes(q, v, cos), products(dtype, coef.dtype == torch.float16)
             every = *strides, output.stride()
             plan = _forward_plans[signature] = ForwardPlan(sizes, chosen, base, every, reader.shape[:2])
-        aligned = alignment(q, k, v, cos, sin, w, added, keep)
-        plan.prepare(cos, sin, w, v, keep, coef, coef_scale, narrow, bits, aligned=aligned)
-        plan.forward(q, k, added, bits, coef, coef_scale, narrow, w, v, output, hidden, aligned=aligned)
+        alignment = alignment_of(q, k, v, cos, sin, w, added, keep)
+        plan.prepare(cos, sin, w, v, keep, coef, coef_scale, narrow, bits, alignment=alignment)
+        plan.forward(q, k, added, bits, coef, coef_scale, narrow, w, v, output, hidden, alignment=alignment)
 
 
 def backward(
@@ -355,7 +356,7 @@ def backward(
         if plan is None:
             sizes, chosen = _sizes(q, v, cos_coef), products(dtype, coef.dtype == torch.float16)
             plan = _backward_plans[signature] = BackwardPlan(sizes, chosen, base, strides, bias_by_image)
-        aligned = alignment(q, k, v, w, added, upstream)
+        alignment = alignment_of(q, k, v, w, added, upstream)
         batch, heads, tokens, _ = q.shape
         padded_rank = coef.shape[3]
         wide = torch.float32
@@ -378,14 +379,14 @@ def backward(
             grad_scale,
             grad_base,
             proj_parts,
-            aligned=aligned,
+            alignment=alignment,
         )
         shared = (q, k, added, bits, coef, coef_scale, grad_hidden, grad_scale, grad_base)
-        plan.grad_query(*shared, grad_query, aligned=aligned)
-        plan.grad_key(*shared, grad_key, bias_parts, coef_parts, aligned=aligned)
+        plan.grad_query(*shared, grad_query, alignment=alignment)
+        plan.grad_key(*shared, grad_key, bias_parts, coef_parts, alignment=alignment)
         if plan.grad_coef is not None:
-            plan.grad_coef(*shared, grad_key, None, coef_parts, aligned=aligned)
-        plan.reduce(coef_parts, proj_parts, *parameters, aligned=alignment(*parameters))
+            plan.grad_coef(*shared, grad_key, None, coef_parts, alignment=alignment)
+        plan.reduce(coef_parts, proj_parts, *parameters)
     for grad, written in zip(grads, (*rows, *parameters), strict=True):
         if written is not grad:
             grad.copy_(written)
@@ -428,7 +429,7 @@ def psi_forward(output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: 
     heads = [rows_in(x, products.dtype) for x in (query, key, value)]
     with device_of(query):
         launch = _psi_launch("forward", heads, [output], psi, products)
-        launch(*heads, psi, output, aligned=alignment(*heads, psi, output))
+        launch(*heads, psi, output, alignment=alignment_of(*heads, psi, output))
 
 
 def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, psi: Tensor) -> tuple[Tensor, ...]:
@@ -439,13 +440,13 @@ def psi_backward(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor,
     grads = [torch.empty_like(x) for x in (query, key, value)]
     grad_query, grad_key, grad_value = rows = [room_for_rows(x) for x in grads]
     with device_of(query):
-        aligned = alignment(*heads, psi, upstream)
+        alignment = alignment_of(*heads, psi, upstream)
         launch = _psi_launch("grad_query", heads, [upstream, grad_query], psi, products)
         batch, count = query.shape[:2]
         partial = psi.new_empty((batch, count, launch.grid[0] // (batch * count), psi.shape[1]))
-        launch(*heads, psi, upstream, grad_query, partial, aligned=aligned)
+        launch(*heads, psi, upstream, grad_query, partial, alignment=alignment)
         launch = _psi_launch("grad_key", heads, [upstream, grad_key, grad_value], psi, products)
-        launch(*heads, psi, upstream, grad_key, grad_value, aligned=aligned)
+        launch(*heads, psi, upstream, grad_key, grad_value, alignment=alignment)
     for grad, written in zip(grads, rows, strict=True):
         if written is not grad:
             grad.copy_(written)

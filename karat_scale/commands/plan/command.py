@@ -75,7 +75,7 @@ def make_plan(recipe: Recipe, request: Request) -> Plan:
     gpu = known_gpu(request.gpu) if request.gpu else None
     machine = _machine(recipe, request, gpu)
     has_time = gpu is not None or request.step_time is not None
-    if request.with_curve and not has_time and isinstance(find_measured(recipe, None), str | None):
+    if request.with_curve and not has_time and find_measured(recipe, None)[0] is None:
         raise UserError("--curve needs the time of a step; add --gpu NAME, such as h100-80, or --step-time S")
     samples, samples_from = count_samples(recipe.data)
     check_one_batch(samples, recipe.train.global_batch)

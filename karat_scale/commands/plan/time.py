@@ -432,11 +432,11 @@ class Measured:
         return compute_seconds(train.global_batch / self.rate, load, communication)
 
 
-def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
+def find_measured(recipe: Recipe, gpu: Gpu | None) -> tuple[Measured | None, str]:
     """Return the run in the recipe's own directory on this GPU (None: a CPU), with the median of its last 100 rates.
 
-    The rates are of one start, the last that has any. Returns None if there is no such run; if the run says nothing
-    about this recipe, a line with the reason.
+    The rates are of one start, the last that has any. Without such a run, the first is None; the second is why a run
+    that is there says nothing about this recipe, else "".
     """
     directory = RunDirectory(recipe.run.dir)
     starts: list[tuple[dict[str, Any], list[float]]] = []
@@ -447,14 +447,14 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
             starts[-1][1].append(float(rate))
     last = next((one for one in reversed(starts) if one[1]), None)
     if last is None:
-        return None
+        return None, ""
     start, rates = last
     refused = f"what {directory.path} measured is not used: "
     device, world = str(start.get("device", "")), start.get("world_size")
     if not world:
-        return f"{refused}an earlier version wrote its events, which do not say on what it ran"
+        return None, f"{refused}an earlier version wrote its events, which do not say on what it ran"
     if find_gpu(device) is not gpu if gpu else not device.startswith("CPU"):
-        return f"{refused}it ran on {device}"
+        return None, f"{refused}it ran on {device}"
     try:
         old = directory.recipe()
         if old.deepspeed.config == recipe.deepspeed.config:  # the user names the file too, so it may be read
@@ -463,14 +463,14 @@ def find_measured(recipe: Recipe, gpu: Gpu | None) -> Measured | str | None:
         speed = tuple(f"{key}." for key in SPEED_KEYS)
         if keys := [key for key in after if before.get(key) != after[key] and f"{key}.".startswith(speed)]:
             value, more = before.get(keys[0]), f", and {len(keys) - 1} more" if keys[1:] else ""
-            return f"{refused}it ran with {keys[0]} = {'(empty)' if value == '' else value}{more}"
+            return None, f"{refused}it ran with {keys[0]} = {'(empty)' if value == '' else value}{more}"
         if old.schedule.image_sizes:
-            return f"{refused}its images grew (schedule.image_sizes), and its rates with them"
+            return None, f"{refused}its images grew (schedule.image_sizes), and its rates with them"
         config = load_ds_config(old, int(world), micro_batch_of(old, int(world)))
         source = f"measured in {directory.path} on {device}"
-        return Measured(old, int(world), config, statistics.median(rates[-100:]), source)
+        return Measured(old, int(world), config, statistics.median(rates[-100:]), source), ""
     except UserError as error:
-        return f"{refused}{error}"
+        return None, f"{refused}{error}"
 
 
 def find_time(
@@ -485,25 +485,24 @@ def find_time(
     if step_time is not None:
         micro_batch = config["train_micro_batch_size_per_gpu"]
         return ComputeTime(step_time / micro_batch, f"from --step-time, of {micro_batch} images"), ""
-    found = find_measured(recipe, gpu)
-    step = found.compute_seconds(subject.sizes.total, node) if isinstance(found, Measured) else 0.0
-    if isinstance(found, Measured) and step == 0:
-        found = (
+    run, why = find_measured(recipe, gpu)
+    step = run.compute_seconds(subject.sizes.total, node) if run else 0.0
+    if run and step == 0:
+        run = None
+        why = (
             f"what {RunDirectory(recipe.run.dir).path} measured is not used: with --gpus-per-node {node.gpus}, its "
             "collectives alone would take longer than its steps did; if a node of that run had more, give their number"
         )
     if gpu is None:
-        if isinstance(found, Measured):
-            return ComputeTime(step / (found.accumulation * found.micro_batch), found.source), ""
-        return None, found or ""
+        return ComputeTime(step / (run.accumulation * run.micro_batch), run.source) if run else None, why
     if subject.recipe.train.recompute != recipe.train.recompute:
         subject = Subject(recipe, subject.on_gpu)
     estimated = partial(estimate, recipe, gpu, subject.footprint)
     more = subject.sizes.each, subject.teacher.flops
-    if not isinstance(found, Measured):
-        return estimated(config, *more), found or ""
-    share = step / estimated(found.config, *more).seconds(found.micro_batch, found.accumulation)
-    source = found.source
-    if config["train_micro_batch_size_per_gpu"] != found.micro_batch:
-        source += f" with {plural(found.micro_batch, 'image')} a micro batch, and scaled like the estimate"
-    return estimated(config, *more).scaled(share, source), ""
+    time = estimated(config, *more)
+    if run is None:
+        return time, why
+    source = run.source
+    if config["train_micro_batch_size_per_gpu"] != run.micro_batch:
+        source += f" with {plural(run.micro_batch, 'image')} a micro batch, and scaled like the estimate"
+    return time.scaled(step / estimated(run.config, *more).seconds(run.micro_batch, run.accumulation), source), ""

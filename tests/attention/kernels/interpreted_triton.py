@@ -268,8 +268,8 @@ def test_units_of_16_bits_are_within_a_thousandth(grid, largest):
     coef, scale = torch.empty(1, 2 * grid, 128, 16, dtype=torch.float16), torch.empty(1)
     narrow, output = torch.empty(1, 1, 16, 64, dtype=torch.bfloat16), torch.empty_like(value)
     hidden = torch.empty(1, 1, 40, 16)  # in float32, because rounding to 16 bits would hide the error under test
-    plan.prepare(cos, sin, proj, value, None, coef, scale, narrow, None, aligned=0)
-    plan.forward(query, key, None, None, coef, scale, narrow, proj, value, output, hidden, aligned=0)
+    plan.prepare(cos, sin, proj, value, None, coef, scale, narrow, None)
+    plan.forward(query, key, None, None, coef, scale, narrow, proj, value, output, hidden)
     scores = query.double() @ key.double().mT / 8
     phases = [m * scores for m in range(1, grid + 1)]
     expected = sum(

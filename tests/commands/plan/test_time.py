@@ -24,7 +24,6 @@ from karat_scale.commands.plan.time import (
     ComputeTime,
     DataNeed,
     Links,
-    Measured,
     Node,
     StepLaunches,
     Traffic,
@@ -205,9 +204,9 @@ def leave_a_run(recipe: Recipe, world: int, device: str = H100, rate: float = RA
 
 def test_another_device_and_a_damaged_recipe_are_told(small_recipe: Load) -> None:
     leave_a_run(small_recipe(), 1)
-    assert "it ran on NVIDIA H100" in str(find_measured(small_recipe(), None))
+    assert "it ran on NVIDIA H100" in find_measured(small_recipe(), None)[1]
     (Path(small_recipe().run.dir) / "recipe.yaml").write_text("model: 3\n")
-    assert "model = 3" in str(find_measured(small_recipe(), find_gpu("h100-80")))
+    assert "model = 3" in find_measured(small_recipe(), find_gpu("h100-80"))[1]
 
 
 def test_rates_are_those_of_the_last_start_that_has_any(small_recipe: Load) -> None:
@@ -218,16 +217,16 @@ def test_rates_are_those_of_the_last_start_that_has_any(small_recipe: Load) -> N
         events += [{"event": "train", "images_per_second": rate}] * steps
     log = Path(small_recipe().run.dir) / "metrics.jsonl"
     log.write_text("\n".join(map(json.dumps, events)) + "\n")
-    found = find_measured(small_recipe(), find_gpu("h100-80"))
-    assert isinstance(found, Measured)
+    found, _ = find_measured(small_recipe(), find_gpu("h100-80"))
+    assert found is not None
     assert (found.rate, found.world) == (RATE, 16)
     log.write_text(json.dumps({"event": "start"}) + "\n" + json.dumps(events[1]) + "\n")
-    assert "do not say on what it ran" in str(find_measured(small_recipe(), find_gpu("h100-80")))
+    assert "do not say on what it ran" in find_measured(small_recipe(), find_gpu("h100-80"))[1]
 
 
 def test_a_run_whose_images_grew_is_not_used(small_recipe: Load) -> None:
     leave_a_run(small_recipe("schedule.image_sizes=[[0,8],[1,16]]", "train.epochs=2"), 1)
-    assert "its images grew" in str(find_measured(small_recipe(), find_gpu("h100-80")))
+    assert "its images grew" in find_measured(small_recipe(), find_gpu("h100-80"))[1]
 
 
 def test_blocks_that_recompute_take_their_products_twice(small_recipe: Load) -> None:
@@ -289,11 +288,11 @@ def test_a_measured_time_is_carried_to_another_micro_batch_as_the_estimate_is(sm
     ],
 )
 def test_a_run_of_another_speed_is_not_used_and_the_plan_says_why(small_recipe, keys, reason) -> None:
-    assert find_measured(small_recipe(*keys), find_gpu("h100-80")) is None
+    assert find_measured(small_recipe(*keys), find_gpu("h100-80")) == (None, "")
     leave_a_run(small_recipe(), 1)
-    found = find_measured(small_recipe(*keys), find_gpu("h100-80"))
-    assert isinstance(found, str if reason else Measured)
-    assert not reason or f"is not used: {reason}" in str(found)
+    found, why = find_measured(small_recipe(*keys), find_gpu("h100-80"))
+    assert (found is None) == bool(reason)
+    assert f"is not used: {reason}" in why if reason else why == ""
 
 
 def test_a_run_faster_than_its_collectives_would_be_is_not_used(small_recipe: Load, capsys) -> None:

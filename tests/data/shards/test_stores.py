@@ -32,7 +32,7 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("status", "content", "what"),
     [
-        (403, b"", "access is refused; check the credentials that the store's library finds"),
+        (403, b"", "access is refused (HTTP 403); check the credentials that the store's library finds"),
         (400, b'{"error": {"message": "invalid bucket"}}', "it failed (HTTP 400)"),
     ],
 )
