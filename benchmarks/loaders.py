@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 
 from benchmarks.loader_peers import OURS, PEERS, WHOLE, Peer, State, Use
+from karat_scale.commands.measure.interleaved import processor_seconds
 from karat_scale.commands.measure.loading import photo_like
 from karat_scale.foundation.arguments import OneLineParser, new_file, whole
 from karat_scale.foundation.console import write_json
@@ -242,8 +243,8 @@ def resumed(name: str, use: Use, state: State) -> dict[str, Any]:
 
 def memory_of_all() -> int:
     """Return the bytes of this process and its workers, shared pages divided among those who share them."""
-    total = 0
-    for process in family():
+    total, this = 0, psutil.Process()
+    for process in [this, *this.children(recursive=True)]:
         try:
             total += process.memory_full_info().pss
         except psutil.Error:  # it has just ended
@@ -251,19 +252,13 @@ def memory_of_all() -> int:
     return total
 
 
-def family() -> list[psutil.Process]:
-    """Return this process and all that it started."""
-    this = psutil.Process()
-    return [this, *this.children(recursive=True)]
-
-
-def processor_seconds() -> float:
+def processor_seconds_of_all() -> float:
     """Return the processor time of this process and its workers, also of those that have ended."""
-    total = 0.0
-    for process in family():
+    total = processor_seconds()  # finer than psutil's, which counts in hundredths of a second
+    for process in psutil.Process().children(recursive=True):
         try:
             total += sum(process.cpu_times()[:4])  # its own, and that of its children that have ended
-        except psutil.Error:
+        except psutil.Error:  # it has just ended
             continue
     return total
 
@@ -294,10 +289,10 @@ def add_speeds(rows: dict[str, dict[str, Any]], uses: dict[str, Use], rounds: in
 def whole_pass(name: str, use: Use) -> tuple[float, float]:
     """Return the processor's and the clock's seconds of a loader from its start to the end of its epochs."""
     as_a_script()
-    processor, clock = processor_seconds(), time.perf_counter()
+    processor, clock = processor_seconds_of_all(), time.perf_counter()
     for _ in EVERYTHING[name].batches(use, {}):
         pass
-    return processor_seconds() - processor, time.perf_counter() - clock
+    return processor_seconds_of_all() - processor, time.perf_counter() - clock
 
 
 def print_markdown(result: dict[str, Any]) -> None:

@@ -49,6 +49,11 @@ def test_a_curve_measures_every_length(measure: Measure) -> None:
     assert "time grows as N^" in result["printed"]
 
 
+def test_processor_time_is_finer_than_a_tick_of_the_kernel() -> None:
+    before = loaders.processor_seconds_of_all()
+    assert 0 < loaders.processor_seconds_of_all() - before < 1
+
+
 @SLOW
 @pytest.mark.parametrize("augment", ["crop", "paper"])
 def test_the_loaders_of_other_libraries_are_measured_beside_ours(measure: Measure, augment: str) -> None:
